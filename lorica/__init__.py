@@ -1,0 +1,45 @@
+"""Lorica: ZeRO, offload and parallelism for an unmodified `nn.Module`. This file owns the public names and nothing else.
+
+Names are imported on first use, so that `lorica check` and `import lorica` stay cheap (no torch).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "initialize": "lorica.construct",
+    "add_config_arguments": "lorica.arguments",
+    "init_distributed": "lorica.comm",
+    "Engine": "lorica.engine",
+    "Config": "lorica.config",
+    "ConfigError": "lorica.config",
+}
+_SUBMODULES = ("zero", "comm", "config", "optim", "schedules")
+
+__all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
+
+if TYPE_CHECKING:
+    from lorica import comm, config, optim, schedules, zero
+    from lorica.arguments import add_config_arguments
+    from lorica.comm import init_distributed
+    from lorica.config import Config, ConfigError
+    from lorica.engine import Engine
+    from lorica.construct import initialize
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"lorica.{name}")
+    if name in _EXPORTS:
+        value = getattr(import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'lorica' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The core: planes, units, hooks, prefetch, gradient reduction."""

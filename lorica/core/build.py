@@ -1,0 +1,176 @@
+"""Build the units of a model: allocate their planes, load them with the model's values, bind the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorica.core.flat import Flat, Site
+from lorica.core.gradient import GradPlane
+from lorica.core.parameter import record_of
+from lorica.core.partition import UnitSpec
+from lorica.core.unit import Unit
+from lorica.layout import Entry, build_layout
+from lorica.plan import Placement, Request, UnitPlan, plan_unit
+from lorica.precision import Precision
+
+NO_GROUP = -1
+
+
+class Key(NamedTuple):
+    """Parameters of a unit with equal keys share a plane."""
+
+    dtype: torch.dtype
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Everything that decides the planes, besides the model.
+
+    Attributes:
+        stage, param_tier, optimizer_tier: as in `plan.Request`.
+        precision: the dtype of each kind of plane.
+        group_of: optimizer param group by id(parameter); absent: no optimizer updates it.
+        bucket_numel: staging elements of one gradient reduction.
+        predivide: see `GradPlane`.
+        keep_grads: keep unsharded gradient planes between steps.
+        persist_numel: planes whose parameters are all at most this large stay whole at stage 3 ...
+        persist_total: ... up to this many elements in all.
+    """
+
+    stage: int
+    precision: Precision
+    group_of: Mapping[int, int]
+    param_tier: str = "device"
+    optimizer_tier: str = "device"
+    bucket_numel: int = 500_000_000
+    predivide: float = 1.0
+    keep_grads: bool = True
+    persist_numel: int = 0
+    persist_total: int = 2**62
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The plan's name of a torch dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def build_units(specs: Sequence[UnitSpec], blueprint: Blueprint, site: Site) -> list[Unit]:
+    """Units with planes that hold the values of rank 0's model. Collective.
+
+    The parameters of the model are views of the planes afterwards (or hidden, at stage 3); the memory that they had
+    before is freed unit by unit, so that the peak is the planes and one unit.
+    """
+    units, persisted = [], 0
+    for index, spec in enumerate(specs):
+        unit = Unit(index, spec.name, spec.modules, is_root=spec.is_root)
+        for key, params in _by_key(spec.params, blueprint).items():
+            plan = _plan(key, blueprint)
+            numel = sum(p.numel() for p in params.values())
+            small = all(p.numel() <= blueprint.persist_numel for p in params.values())
+            if plan.param.sharded and small and persisted + numel <= blueprint.persist_total:
+                persisted += numel
+                plan = _whole(plan)
+            elif plan.param.sharded and site.shard.world_size == 1 and plan.param.tier == "device":
+                plan = _whole(plan)
+            flat = _build_flat(f"{spec.name}/{dtype_name(key.dtype)}", params, plan, blueprint, site, key.trainable)
+            unit.flats.append(flat)
+            if key.trainable:
+                unit.grads.append(_grad_plane(flat, blueprint))
+        units.append(unit)
+    return units
+
+
+def _by_key(params: Mapping[str, nn.Parameter], blueprint: Blueprint) -> dict[Key, dict[str, nn.Parameter]]:
+    planes: dict[Key, dict[str, nn.Parameter]] = {}
+    for name, param in params.items():
+        trainable = param.requires_grad and id(param) in blueprint.group_of
+        key = Key(blueprint.precision.compute_dtype_of(param.dtype), trainable)
+        planes.setdefault(key, {})[name] = param
+    return planes
+
+
+def _plan(key: Key, blueprint: Blueprint) -> UnitPlan:
+    precision = blueprint.precision
+    return plan_unit(
+        Request(
+            stage=blueprint.stage,
+            param_dtype=dtype_name(key.dtype),
+            accum_dtype=dtype_name(precision.accum_dtype_of(key.dtype)),
+            comm_dtype=dtype_name(precision.comm_dtype_of(key.dtype)),
+            master_dtype=dtype_name(precision.master_dtype_of(key.dtype)),
+            param_tier=blueprint.param_tier,
+            optimizer_tier=blueprint.optimizer_tier,
+        )
+    )
+
+
+def _whole(plan: UnitPlan) -> UnitPlan:
+    return replace(plan, param=Placement((), "device", plan.param.dtype))
+
+
+def _build_flat(
+    name: str, params: Mapping[str, nn.Parameter], plan: UnitPlan, blueprint: Blueprint, site: Site, trainable: bool
+) -> Flat:
+    entries = [Entry(n, tuple(p.shape), blueprint.group_of.get(id(p), NO_GROUP)) for n, p in params.items()]
+    layout = build_layout(entries, site.shard.world_size)
+    ordered = [params[slot.name] for slot in layout.slots]
+    flat = Flat(name, ordered, layout, plan, site, trainable=trainable)
+    for index, param in enumerate(ordered):
+        flat.fill(index, initial_values(param, layout.slots[index].name, site))
+    flat.bind()
+    return flat
+
+
+def _grad_plane(flat: Flat, blueprint: Blueprint) -> GradPlane:
+    sharded = flat.plan.master.sharded
+    keep = sharded or blueprint.keep_grads
+    return GradPlane(flat, bucket_numel=blueprint.bucket_numel, predivide=blueprint.predivide, keep=keep)
+
+
+def initial_values(param: nn.Parameter, name: str, site: Site) -> Tensor:
+    """The values that training starts from: those of rank 0, in the dtype in which the model holds them. Collective.
+
+    Raises:
+        ValueError: if the parameter is on the meta device.
+    """
+    record = record_of(param)
+    if record is not None:
+        return record.flat.collect_master(record.index)
+    if param.is_meta:
+        raise ValueError(
+            f"Parameter {name}: expected values, but it is on the meta device. Fix: build the model under "
+            "lorica.zero.Init(), or materialise it (model.to_empty + init) before lorica.initialize."
+        )
+    values = param.detach().to(site.device)
+    return broadcast_from_first(values, site)
+
+
+def broadcast_from_first(values: Tensor, site: Site) -> Tensor:
+    """Rank 0's `values` on every rank: a new tensor, or `values` itself where there is one rank. Collective."""
+    axes = [comm for comm in (site.shard, site.replicate) if comm is not None and comm.world_size > 1]
+    if not axes or values.numel() == 0:
+        return values
+    flat = values.reshape(-1).contiguous()
+    if flat.data_ptr() == values.data_ptr():
+        flat = flat.clone()
+    for comm in axes:
+        comm.broadcast(flat, 0).wait()
+    return flat.view(values.shape)
+
+
+def load_buffers(model: nn.Module, site: Site, dtype: torch.dtype | None) -> None:
+    """Move buffers to the device with rank 0's values, floating ones as `dtype` (None: as they are). Collective."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or buffer.is_meta:
+                continue
+            moved = buffer.detach().to(site.device)
+            if dtype is not None and moved.is_floating_point():
+                moved = moved.to(dtype)
+            module._buffers[name] = broadcast_from_first(moved, site)

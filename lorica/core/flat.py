@@ -1,0 +1,274 @@
+"""The parameter plane of one unit: parameters that share dtype and trainability, as one flat buffer and its shards.
+
+Owns `full` (all parameters, or nothing while sharded), `shard` (this rank's part), `master` and the moments. Does not
+own gradients (`core/gradient.py`) and knows nothing of modules or of when to gather (`core/hooks.py`).
+
+[Note: freed memory is the same storage] Autograd saves views of weights (a transposed weight, a weight of a fused
+layer). When `full` is freed its storage is resized to zero, and later resized back: those views then see the gathered
+values again. Handing out buffers from a pool would leave them looking at another unit's weights: silently wrong
+gradients. Test: test_ordinary_use, "a layer that saves a view of its weight".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lorica.core.lifecycle import PARAM_MOVES, Lifecycle, ParamState
+from lorica.core.parameter import ParamRecord, attach, detach, hide, show
+from lorica.layout import Layout, Overlap
+from lorica.plan import StateBytes, UnitPlan
+
+if TYPE_CHECKING:
+    from lorica.comm.base import Collectives, Handle
+    from lorica.core.gradient import GradPlane
+    from lorica.core.parameter import OnDemand
+    from lorica.tier import Tier
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a rank's planes are: its device, its groups of ranks, its memory tiers."""
+
+    device: torch.device
+    shard: Collectives
+    replicate: Collectives | None
+    tiers: dict[str, Tier]
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks over which gradients are summed."""
+        return self.shard.world_size * (self.replicate.world_size if self.replicate else 1)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype called `name`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+class Flat:
+    """One parameter plane with its master and moments."""
+
+    def __init__(
+        self, name: str, params: Sequence[nn.Parameter], layout: Layout, plan: UnitPlan, site: Site, *, trainable: bool
+    ) -> None:
+        """Allocate the planes; `fill` and `bind` complete them.
+
+        Args:
+            params: in the order of `layout.slots`.
+            trainable: whether an optimizer updates this plane; frozen planes have parameters only.
+        """
+        self.name, self.layout, self.plan, self.site, self.trainable = name, layout, plan, site, trainable
+        self.params = list(params)
+        self.comm = site.shard
+        self.dtype = dtype_of(plan.param.dtype)
+        self.start, self.stop = layout.shard_range(self.comm.rank)
+        self.moments: dict[str, Tensor] = {}
+        self.on_demand: OnDemand | None = None
+        self.grad_plane: GradPlane | None = None
+        self.holders = 0  # contexts that need the plane to stay whole
+        self._gather: Handle | None = None
+        self._alloc_param()
+        self.master = self._alloc_master() if trainable else None
+        self.state = Lifecycle(f"plane {name}", PARAM_MOVES, ParamState.SHARDED if self.sharded else ParamState.FULL)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the parameters exist only as shards between their uses."""
+        return self.plan.param.sharded
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the parameters can be used now."""
+        return self.state.state is ParamState.FULL
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def _alloc_param(self) -> None:
+        numel, shard_numel = self.layout.numel, self.layout.shard_numel
+        if self.sharded:
+            tier = self.site.tiers[self.plan.param.tier]
+            on_device = tier.name == "device"
+            self.shard = self.comm.shared(shard_numel, self.dtype) if on_device else tier.alloc(shard_numel, self.dtype)
+            self.full = torch.empty(numel, dtype=self.dtype, device=self.site.device)
+            self._views = self._make_views()
+            self._release_storage()
+        else:
+            peers_read = self.plan.master.sharded and self.trainable
+            self.full = self.comm.shared(numel, self.dtype) if peers_read else self._zeros(numel)
+            self.shard = self.full[self.start : self.stop]
+            self._views = self._make_views()
+
+    def _zeros(self, numel: int) -> Tensor:
+        return torch.zeros(numel, dtype=self.dtype, device=self.site.device)
+
+    def _make_views(self) -> list[Tensor]:
+        return [self.full[slot.start : slot.stop].view(slot.shape) for slot in self.layout.slots]
+
+    def _release_storage(self) -> None:
+        self.full.untyped_storage().resize_(0)
+
+    def _restore_storage(self) -> None:
+        self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
+
+    def _alloc_master(self) -> Tensor:
+        owned = self.shard if self.plan.master.sharded else self.full
+        if self.plan.master_is_param:
+            return owned
+        return self.site.tiers[self.plan.master.tier].alloc(owned.numel(), dtype_of(self.plan.master.dtype))
+
+    def alloc_moments(self, names: Sequence[str]) -> None:
+        """Give the optimizer's moment planes their memory (zeros), in the tier of the plan."""
+        assert self.master is not None
+        tier, dtype = self.site.tiers[self.plan.moments.tier], dtype_of(self.plan.moments.dtype)
+        self.moments = {name: tier.alloc(self.master.numel(), dtype) for name in names}
+
+    @property
+    def master_start(self) -> int:
+        """The plane element at which `master` begins."""
+        return self.start if self.plan.master.sharded else 0
+
+    def held_bytes(self) -> StateBytes:
+        """Bytes that this rank holds between steps, by kind, counted from the tensors (gradients: see GradPlane)."""
+
+        def size(tensor: Tensor | None) -> int:
+            return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+        aliased = self.master is not None and self.plan.master_is_param
+        return StateBytes(
+            param=size(self.shard if self.sharded else self.full),
+            master=0 if aliased else size(self.master),
+            moments=sum(size(m) for m in self.moments.values()),
+        )
+
+    # -- values ------------------------------------------------------------------------------------------------------
+
+    def fill(self, index: int, values: Tensor) -> None:
+        """Write a parameter's values into every plane that holds part of it: parameter and master.
+
+        Args:
+            index: slot number. values: the whole parameter, any shape and float dtype (frozen: the plane's dtype).
+        """
+        source = values.detach().reshape(-1)
+        slot = self.layout.slots[index]
+        if not self.sharded or self.is_full:
+            self.full[slot.start : slot.stop].copy_(source)
+        if self.sharded:
+            self.fill_plane(self.shard, self.start, index, source)
+        if self.master is not None and not self.plan.master_is_param:
+            self.fill_plane(self.master, self.master_start, index, source)
+
+    def fill_plane(self, plane: Tensor, start: int, index: int, values: Tensor) -> None:
+        """Write a parameter's values into the part of one plane that this rank holds.
+
+        Args:
+            plane: this rank's part, 1-D. start: the plane element at which it begins.
+            index: slot number. values: the whole parameter, any shape.
+        """
+        part = self._part(index, start, start + plane.numel())
+        if part is not None:
+            source = values.detach().reshape(-1)[part.begin : part.end]
+            plane[part.offset : part.offset + part.end - part.begin].copy_(source)
+
+    def add_part(self, whole: Tensor, plane: Tensor, start: int, index: int) -> None:
+        """Add this rank's part of a plane to a whole parameter-sized tensor (arguments as in `collect`)."""
+        part = self._part(index, start, start + plane.numel())
+        if part is not None:
+            whole[part.begin : part.end] += plane[part.offset : part.offset + part.end - part.begin]
+
+    def _part(self, index: int, start: int, stop: int) -> Overlap | None:
+        slot = self.layout.slots[index]
+        low, high = max(start, slot.start), min(stop, slot.stop)
+        return Overlap(index, low - slot.start, high - slot.start, low - start) if low < high else None
+
+    def collect(self, index: int, plane: Tensor, start: int) -> Tensor:
+        """A whole parameter-shaped tensor of a plane of which each rank may hold a part. Collective if sharded.
+
+        Args:
+            index: slot number. plane: this rank's part, 1-D. start: the plane element at which it begins.
+        Returns:
+            A new tensor of the parameter's logical shape on the compute device, dtype of `plane`.
+        """
+        slot = self.layout.slots[index]
+        whole = torch.zeros(slot.numel, dtype=plane.dtype, device=self.site.device)
+        part = self._part(index, start, start + plane.numel())
+        if part is not None:
+            whole[part.begin : part.end].copy_(plane[part.offset : part.offset + part.end - part.begin])
+        if plane.numel() < self.layout.numel:
+            self.comm.all_reduce(whole).wait()
+        return whole.view(slot.shape)
+
+    def collect_master(self, index: int) -> Tensor:
+        """The full-precision values of a parameter. Collective if they are sharded."""
+        if self.master is None:
+            return self.collect(index, self.shard if self.sharded else self.full, self.start if self.sharded else 0)
+        return self.collect(index, self.master, self.master_start)
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def bind(self) -> None:
+        """Make the parameters views of this plane (or hide them while it is sharded) and hang their records on them."""
+        for index, (param, slot) in enumerate(zip(self.params, self.layout.slots, strict=True)):
+            attach(param, ParamRecord(self, index, slot.name))
+        (hide_all if self.sharded else show_all)(self.params, self._views)
+
+    def unbind(self) -> None:
+        """Give every parameter memory of its own, with its present values. Collective if sharded."""
+        self.unshard()
+        self.wait()
+        for param, view in zip(self.params, self._views, strict=True):
+            show(param, view.clone())
+            detach(param)
+
+    def unshard(self) -> None:
+        """Start gathering the parameters, if they are sharded; `wait` makes them usable."""
+        if self.state.state is not ParamState.SHARDED:
+            return
+        self.state.to(ParamState.UNSHARDING)
+        self._restore_storage()
+        shard = self.site.tiers[self.plan.param.tier].read(self.shard)
+        self._gather = self.comm.all_gather(shard, self.full)
+
+    def wait(self) -> None:
+        """Finish a gather that `unshard` or `publish` started; the parameters are plain tensors afterwards."""
+        if self._gather is not None:
+            self._gather.wait()
+            self._gather = None
+        if self.state.state is ParamState.UNSHARDING:
+            self.state.to(ParamState.FULL)
+            show_all(self.params, self._views)
+
+    def reshard(self) -> None:
+        """Free the gathered parameters, unless a context holds them. See [Note: freed memory is the same storage]."""
+        if not self.sharded or self.holders or not self.is_full:
+            return
+        hide_all(self.params, self._views)
+        self._release_storage()
+        self.state.to(ParamState.SHARDED)
+
+    def publish(self) -> None:
+        """Start giving every rank the updated parameters, where they are replicated but updated in shards."""
+        if not self.sharded and self.plan.master.sharded and self.comm.world_size > 1:
+            self._gather = self.comm.all_gather(self.shard, self.full)
+
+    def touched(self) -> bool:
+        """A parameter was used while sharded: gather now if a forward pass is running."""
+        return self.on_demand is not None and self.on_demand.touched(self)
+
+
+def hide_all(params: Sequence[nn.Parameter], views: Sequence[Tensor]) -> None:
+    """Take the values away from `params` (`views` is not touched)."""
+    for param in params:
+        hide(param)
+
+
+def show_all(params: Sequence[nn.Parameter], views: Sequence[Tensor]) -> None:
+    """Bind each of `params` to its view."""
+    for param, view in zip(params, views, strict=True):
+        show(param, view)

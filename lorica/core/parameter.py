@@ -1,0 +1,153 @@
+"""A parameter while its values are elsewhere: the record that links it to its plane, and the guard against misuse.
+
+A sharded parameter keeps its identity, shape, dtype and device, but owns no memory. Reading it by accident must neither
+crash nor give silent nonsense, so between its uses it is
+
+- bound to a single NaN, expanded to the logical shape (stride 0: no memory, and in-place writes are refused by torch);
+- of class `ShardedParameter`, whose `__torch_function__` asks the plane's owner to gather on demand when a forward pass
+  is running (weights used outside their module's forward, such as `F.linear(x, self.embedding.weight)`), and otherwise
+  raises an error that says what to do.
+
+While it is whole it is a plain `nn.Parameter`: no overhead, and nothing for `torch.compile` to trip over.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lorica.core.flat import Flat
+
+_ATTRIBUTE = "_lorica"
+
+# What may be asked of a parameter that has no values: everything that looks at its description only.
+_DESCRIPTIVE = {
+    "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "get_device", "is_floating_point",
+    "is_complex", "is_contiguous", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "__len__",
+    "__hash__", "__repr__", "storage_offset", "is_shared", "is_pinned", "has_names", "__get__", "__set__", "__delete__",
+    "detach", "is_inference", "is_signed", "_is_view", "dim_order", "backward", "is_same_size",
+    "_has_symbolic_sizes_strides",
+}  # fmt: skip
+
+
+class OnDemand(Protocol):
+    """Gathers a plane whose parameter was touched while it was sharded."""
+
+    def touched(self, flat: Flat) -> bool:
+        """Return True if `flat` is whole now; False if it must not be gathered here."""
+
+
+class ParamRecord:
+    """The one thing hung on a Parameter: which plane it belongs to, and where.
+
+    The plane is held weakly: a model outlives its engine without keeping the engine's memory alive.
+    """
+
+    __slots__ = ("_flat", "index", "name")
+
+    def __init__(self, flat: Flat, index: int, name: str) -> None:
+        self._flat = weakref.ref(flat)
+        self.index = index
+        self.name = name
+
+    @property
+    def flat(self) -> Flat:
+        """The plane that holds this parameter.
+
+        Raises:
+            RuntimeError: if its engine was destroyed.
+        """
+        flat = self._flat()
+        if flat is None:
+            raise RuntimeError(
+                f"Parameter {self.name}: expected a live engine, but the one that held it was destroyed. "
+                "Fix: call lorica.initialize again, or use the parameter before engine.destroy()."
+            )
+        return flat
+
+
+def record_of(param: Tensor) -> ParamRecord | None:
+    """The record of `param`, or None for a parameter that no engine manages."""
+    record = param.__dict__.get(_ATTRIBUTE) if hasattr(param, "__dict__") else None
+    return record if isinstance(record, ParamRecord) else None
+
+
+def attach(param: Tensor, record: ParamRecord) -> None:
+    """Hang `record` on `param`."""
+    param.__dict__[_ATTRIBUTE] = record
+
+
+def detach(param: Tensor) -> None:
+    """Take the record off `param`."""
+    param.__dict__.pop(_ATTRIBUTE, None)
+
+
+class ShardedParameter(nn.Parameter):
+    """A parameter between its uses: it has a description but no values."""
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        record = record_of(self)
+        name = record.name if record else "?"
+        return f"ShardedParameter({name}, shape={tuple(self.shape)}, dtype={self.dtype}, values are sharded)"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise _no_values(self, "copy.deepcopy")
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        raise _no_values(self, "pickling")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if getattr(func, "__name__", "") in _DESCRIPTIVE:
+                return func(*args, **kwargs)
+            for param in _sharded_in((args, kwargs)):
+                record = record_of(param)
+                if record is None or not record.flat.touched():
+                    raise _no_values(param, getattr(func, "__name__", str(func)))
+            return func(*args, **kwargs)
+
+
+def _sharded_in(tree: Any) -> list[ShardedParameter]:
+    if isinstance(tree, ShardedParameter):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    return [p for item in tree for p in _sharded_in(item)] if isinstance(tree, (tuple, list)) else []
+
+
+def _no_values(param: Tensor, what: str) -> RuntimeError:
+    record = record_of(param)
+    name = record.name if record else "?"
+    return RuntimeError(
+        f"{what}: expected the values of parameter {name}, but they are sharded over the ranks (ZeRO stage 3) and no "
+        f"forward pass is running. Fix: use `with lorica.zero.GatheredParameters(param):` on all ranks, or "
+        "engine.save_16bit_model() / engine.consolidated_state_dict() for a whole model."
+    )
+
+
+_HOLES: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def hide(param: Tensor) -> None:
+    """Bind `param` to its NaN and make it a `ShardedParameter` (a custom subclass of Parameter keeps its class)."""
+    key = (param.dtype, param.device)
+    hole = _HOLES.get(key)
+    if hole is None:
+        fill = float("nan") if param.dtype.is_floating_point else 0
+        hole = _HOLES[key] = torch.full((1,), fill, dtype=param.dtype, device=param.device)
+    param.data = hole.expand(param.shape)
+    if type(param) is nn.Parameter:
+        param.__class__ = ShardedParameter
+
+
+def show(param: Tensor, values: Tensor) -> None:
+    """Bind `param` to `values` (a view of its plane) and make it a plain Parameter again."""
+    if type(param) is ShardedParameter:
+        param.__class__ = nn.Parameter
+    param.data = values

@@ -1,0 +1,65 @@
+"""The only place that makes CUDA streams and events. Owns no buffer: who launches work on a stream keeps its tensors.
+
+[Note: lifetimes] Collectives through `torch.distributed` run on NCCL's own stream, which waits for the current stream at
+launch; `handle.wait()` makes the current stream wait for them. A buffer that a collective uses is therefore safe to free
+on the current stream after `wait()`, and every transport keeps a reference until then. Copies between device and host
+run on the side streams made here ("d2h", "h2d"); an event recorded behind each copy is what its consumer waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class CudaStreams:
+    """Side streams of one device, made at first use, and events on whatever stream is current."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams: dict[str, torch.cuda.Stream] = {}
+
+    @contextmanager
+    def stream(self, name: str) -> Iterator[None]:
+        """Run the body's device work on the side stream `name`; works from any thread."""
+        with torch.cuda.device(self._device):
+            side = self._streams.get(name)
+            if side is None:
+                side = self._streams.setdefault(name, torch.cuda.Stream(self._device))
+            with torch.cuda.stream(side):
+                yield
+
+    def record(self) -> torch.cuda.Event:
+        """An event behind what the current stream has been given so far."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def timer(self) -> torch.cuda.Event:
+        """An event that can tell the time; the caller records it."""
+        return torch.cuda.Event(enable_timing=True)
+
+    def pin(self, host: Tensor) -> None:
+        """Page-lock the memory of `host`.
+
+        Raises:
+            RuntimeError: if CUDA refuses (usually: more locked memory than the system allows).
+        """
+        code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel() * host.element_size(), 0))
+        if code:
+            raise RuntimeError(
+                f"cudaHostRegister of {host.numel() * host.element_size()} bytes: expected success, got error {code}. "
+                "Fix: raise `ulimit -l`, or free host memory."
+            )
+
+    def unpin(self, host: Tensor) -> None:
+        """Undo `pin`."""
+        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+
+
+def make_streams(device: torch.device) -> CudaStreams | None:
+    """The streams of a CUDA device; None on the CPU, where nothing is asynchronous."""
+    return CudaStreams(device) if device.type == "cuda" else None

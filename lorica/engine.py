@@ -1,0 +1,608 @@
+"""The engine: the training loop's three calls, what may be asked of them, and the order of one optimizer step.
+
+Owns counters, boundaries and decisions (skip, clip, schedule). Everything that touches bytes is below: planes and hooks
+in `core/`, arithmetic in `optim/`, transport in `comm/`. `construct.py` builds an engine from the user's arguments.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorica.config import Config
+from lorica.core.flat import Site
+from lorica.core.grads import Reducer
+from lorica.core.hooks import Hooks, in_backward
+from lorica.core.norm import global_norm
+from lorica.core.prefetch import Prefetcher
+from lorica.core.unit import Unit
+from lorica.export import consolidated_state_dict, save_safetensors
+from lorica.monitor import Monitor, Timers
+from lorica.monitor.throughput import progress_line
+from lorica.optimizer import ZeroOptimizer
+from lorica.plan import StateBytes
+from lorica.precision import LossScale
+from lorica.update.sync import SyncUpdate
+
+logger = logging.getLogger("lorica")
+
+
+class Memory(NamedTuple):
+    """Model states of this rank in bytes: as the plan predicts, and as counted from the tensors that exist."""
+
+    planned_bytes: StateBytes
+    allocated_bytes: StateBytes
+
+
+@dataclass
+class Parts:
+    """What `construct.py` puts together; the engine only connects it."""
+
+    config: Config
+    module: nn.Module
+    site: Site
+    units: list[Unit]
+    reducer: Reducer
+    prefetcher: Prefetcher
+    loss_scale: LossScale
+    monitor: Monitor
+    timers: Timers
+    update: SyncUpdate | None = None
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    client_optimizer: torch.optim.Optimizer | None = None
+    predivide: float = 1.0
+    mpu: Any = None
+
+
+class Engine(nn.Module):
+    """A model under ZeRO. Call it, call `backward(loss)`, call `step()`.
+
+    Unknown attributes are those of the user's model, which is `engine.module`.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        """Install the hooks; use `lorica.initialize` to make an engine."""
+        super().__init__()
+        self.module = parts.module
+        self._parts = parts
+        self._config, self.config = parts.config, parts.config.raw
+        self.mpu, self.monitor = parts.mpu, parts.monitor
+        self.device = parts.site.device
+        self.optimizer = self._make_optimizer(parts)
+        self.lr_scheduler: Any = None
+        self.training_dataloader: Any = None
+        self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
+        self._set_boundary: bool | None = None
+        self._sync, self._explicit, self._step_applied = True, False, False
+        self._update_count = 0
+        self._grad_norm: float | None = None
+        self._losses: list[Tensor] = []
+        self._printed = (0, time.monotonic())
+        for grad in parts.reducer.planes:
+            grad.factor = self._grad_factor
+        self._hooks = Hooks(
+            parts.units,
+            parts.prefetcher,
+            parts.reducer,
+            begin_backward=self._backward_began,
+            max_reuse_numel=parts.config.zero_optimization.stage3_max_reuse_distance or 0,
+        )
+
+    def _make_optimizer(self, parts: Parts) -> ZeroOptimizer | None:
+        if parts.update is None:
+            return None
+        return ZeroOptimizer(
+            parts.groups,
+            parts.defaults,
+            client=parts.client_optimizer,
+            step=self._take_step,
+            zero_grad=self.zero_grad,
+            scale=self.loss_scale,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        self._require_alive("forward")
+        if self._config.fp16.enabled and self._config.fp16.auto_cast:
+            args, kwargs = _halved(args), _halved(kwargs)
+        with self._parts.timers("forward"):
+            return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Backpropagate `loss`, reducing gradients over the ranks while it runs.
+
+        Args:
+            loss: a scalar that depends on the model's output.
+            retain_graph: as in `Tensor.backward`.
+            scale_wrt_gas: divide by the number of accumulation steps.
+        Returns:
+            The loss as it entered the gradient (divided, not loss-scaled).
+        Raises:
+            RuntimeError: without an optimizer, or if `loss` has no graph.
+            ValueError: if `loss` is not a scalar.
+        """
+        self._require_trainable(loss)
+        steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
+        returned = loss / steps if steps > 1 else loss
+        self._losses.append(loss.detach())
+        factor = self.loss_scale() / steps
+        wide = loss.float() if loss.dtype == torch.float16 else loss
+        with self._parts.timers("backward"):
+            self._explicit = True
+            try:
+                self._begin_backward()
+                (wide * factor if factor != 1 else wide).backward(retain_graph=retain_graph)
+                self._end_backward()
+            except BaseException:
+                self._abort_backward()
+                raise
+            finally:
+                self._explicit = False
+        return returned
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """At a boundary: clip, update, publish, schedule. Between boundaries: count the micro-step.
+
+        Args:
+            lr_kwargs: passed to the learning-rate scheduler's step.
+        Raises:
+            RuntimeError: at a boundary without a backward before it.
+        """
+        self._require_alive("step")
+        if self.is_gradient_accumulation_boundary():
+            self._take_step(lr_kwargs)
+        self.micro_steps += 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients of this rank and those already reduced. (`step()` does this by itself.)"""
+        for unit in self._parts.units:
+            for grad in unit.grads:
+                grad.reset()
+                grad.drop_local()
+        self._parts.reducer.forget()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """`loss` times the loss scale, for a direct `scaled.backward()` under fp16."""
+        return loss.float() * self.loss_scale() if self._config.fp16.enabled else loss
+
+    # -- backward ------------------------------------------------------------------------------------------------------
+
+    def _begin_backward(self) -> None:
+        reducer = self._parts.reducer
+        if reducer.active:
+            return
+        reduce = self._sync and (self.zero_optimization_stage() >= 2 or self._updates_next())
+        reducer.begin(reduce=reduce, ran=lambda: self._parts.prefetcher.order, expects=self._hooks.expects)
+
+    def _backward_began(self) -> None:
+        """A unit's backward begins; outside `engine.backward` this is how the engine learns of it."""
+        if not self._parts.reducer.active and self._parts.update is not None:
+            self._begin_backward()
+            if not self._explicit:
+                torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[attr-defined]
+
+    def _end_backward(self) -> None:
+        self._parts.reducer.finish()
+        self._hooks.end_backward()
+
+    def _abort_backward(self) -> None:
+        """An exception left backward half way: nothing of it may leak into the next one."""
+        self._parts.reducer.active = False
+        self._hooks.end_backward()
+
+    # -- the optimizer step --------------------------------------------------------------------------------------------
+
+    def _take_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        parts = self._parts
+        if parts.update is None:
+            raise RuntimeError("engine.step: expected an optimizer. Fix: pass one to lorica.initialize, or configure it.")
+        with parts.timers("reduce"):
+            parts.reducer.settle()
+            self._hooks.free_all()
+            norm = global_norm(parts.reducer.planes, parts.site).item() * self._grad_factor()
+        with parts.timers("step"):
+            finite = _is_finite(norm)
+            if finite or not self._skips_nonfinite():
+                self._update_count += 1
+                parts.update(self._grad_factor() * self._clip_factor(norm), self._update_count)
+            self._after_update(norm, finite, lr_kwargs)
+
+    def _grad_factor(self) -> float:
+        """What turns the reduced plane (a loss-scaled sum) into the gradient of the user's loss."""
+        ranks = 1 if self._config.gradient_allreduce_op == "sum" else self._parts.site.num_replicas
+        return self._parts.predivide / (ranks * self.loss_scale())
+
+    def _clip_factor(self, norm: float) -> float:
+        clip = self._config.gradient_clipping
+        return min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+
+    def _skips_nonfinite(self) -> bool:
+        return not self.bfloat16_enabled() or self._config.bf16.check_grad_overflow
+
+    def _after_update(self, norm: float, finite: bool, lr_kwargs: dict[str, Any] | None) -> None:
+        self._grad_norm = norm
+        skipped = not finite and self._skips_nonfinite()
+        self._step_applied = not skipped
+        assert self.optimizer is not None
+        self.optimizer.overflow = skipped
+        if skipped:
+            self.skipped_steps += 1
+            self._report_nonfinite()
+        for grad in self._parts.reducer.planes:
+            grad.reset()
+        self._parts.loss_scale.update(overflow=not finite)
+        if not skipped and self.lr_scheduler is not None:
+            self.lr_scheduler.step(**(lr_kwargs or {}))
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+        self._report_step()
+
+    def _report_nonfinite(self) -> None:
+        scale = f", loss scale {self.loss_scale():g}" if self.fp16_enabled() else ""
+        message = f"step {self.global_steps + 1}: the gradient holds inf or nan{scale}; the step is skipped"
+        if self._config.lorica.on_nonfinite == "raise" and not self.dynamic_loss_scale():
+            raise FloatingPointError(f"{message}. Fix: lower the learning rate, or look for the loss that is not finite.")
+        if self.global_rank == 0:
+            logger.warning(message)
+
+    def _report_step(self) -> None:
+        every = self._config.steps_per_print
+        due = bool(every) and self.global_steps % every == 0  # type: ignore[operator]
+        losses, self._losses = self._losses, []
+        if not due and not self.monitor.enabled:
+            return
+        loss = float(torch.stack(losses).float().mean()) if losses else None
+        if due and self.global_rank == 0:
+            samples, now = self.global_samples, time.monotonic()
+            rate = (samples - self._printed[0]) / max(now - self._printed[1], 1e-9)
+            self._printed = (samples, now)
+            scale = self.loss_scale() if self.fp16_enabled() else None
+            logger.info(progress_line(self.global_steps, loss, self.get_lr()[0], scale, rate, self._grad_norm))
+            for line in self._parts.timers.lines():
+                logger.info(line)
+        if self.monitor.enabled:
+            self._write_events(loss)
+
+    def _write_events(self, loss: float | None) -> None:
+        events = [("Train/Samples/lr", self.get_lr()[0], self.global_samples)]
+        if loss is not None:
+            events.append(("Train/Samples/train_loss", loss, self.global_samples))
+        if self.fp16_enabled():
+            events.append(("Train/Samples/loss_scale", self.loss_scale(), self.global_samples))
+        self.monitor.write_events(events)
+
+    # -- boundaries ----------------------------------------------------------------------------------------------------
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the next `step()` updates the parameters."""
+        if self._set_boundary is not None:
+            return self._set_boundary
+        if not self._config.managed_gradient_accumulation:
+            return True
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def _updates_next(self) -> bool:
+        """Whether an update follows this backward for certain (without counting, only `step()` itself knows)."""
+        return self._config.managed_gradient_accumulation and self.is_gradient_accumulation_boundary()
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Decide by hand whether the next `step()` updates; holds until the next call."""
+        self._set_boundary = bool(is_boundary)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients of backward passes in this context stay on this rank until the next one outside, at every stage."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """DeepSpeed's name for accumulating several backward passes and reducing once, at the next `step()`."""
+        with self.no_sync():
+            yield
+
+    def was_step_applied(self) -> bool:
+        """Whether the last boundary updated the parameters (False: skipped for a gradient that was not finite)."""
+        return self._step_applied
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def memory(self) -> Memory:
+        """Bytes of model states on this rank, planned and counted."""
+        moments = len(self._parts.units and self._moment_names())
+        planned = allocated = StateBytes()
+        for unit in self._parts.units:
+            for flat in unit.flats:
+                shards = flat.layout.num_shards
+                planned += flat.plan.bytes_per_rank(flat.layout.numel, shards, moments, trainable=flat.trainable)
+                allocated += flat.held_bytes()
+            for grad in unit.grads:
+                allocated += StateBytes(grad=grad.held_bytes())
+        return Memory(planned, allocated)
+
+    def _moment_names(self) -> tuple[str, ...]:
+        return next((tuple(flat.moments) for unit in self._parts.units for flat in unit.flats if flat.moments), ())
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes that this rank has sent to other ranks, by kind of collective."""
+        total: dict[str, int] = {}
+        for comm in (self._parts.site.shard, self._parts.site.replicate):
+            for op, count in (comm.traffic.bytes_by_op if comm is not None else {}).items():
+                total[op] = total.get(op, 0) + count
+        return total
+
+    def consolidated_state_dict(self, *, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
+        """The whole model in compute precision: a state dict on the CPU on rank 0, None elsewhere. Collective."""
+        return consolidated_state_dict(self.module, exclude_frozen=exclude_frozen_parameters, keep=self.global_rank == 0)
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
+        return self.consolidated_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
+
+    _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
+
+    def save_16bit_model(
+        self, save_dir: str, save_filename: str = "model.safetensors", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """Write the whole model in compute precision as one safetensors file. Collective.
+
+        Returns:
+            True, on all ranks.
+        """
+        state = self.consolidated_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
+        if state is not None:
+            save_safetensors(state, Path(save_dir) / save_filename)
+        for comm in (self._parts.site.shard, self._parts.site.replicate):
+            if comm is not None:
+                comm.barrier()
+        return True
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
+        """The model's state dict; the consolidated one (rank 0 only) at stage 3."""
+        if self.zero_optimization_partition_weights():
+            return self.consolidated_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
+        return self.module.state_dict()
+
+    def destroy(self) -> None:
+        """Free everything: hooks, planes, moments, transports. The engine cannot be used afterwards."""
+        if self._parts is _DESTROYED:
+            return
+        parts, self._parts = self._parts, _DESTROYED
+        self._hooks.close()
+        parts.reducer.close()
+        parts.monitor.close()
+        for comm in (parts.site.shard, parts.site.replicate):
+            if comm is not None:
+                comm.close()
+        for unit in parts.units:
+            unit.flats.clear()
+            unit.grads.clear()
+        self.optimizer = self.lr_scheduler = self.training_dataloader = None
+        del self._hooks
+
+    def _require_alive(self, what: str) -> None:
+        if self._parts is _DESTROYED:
+            raise RuntimeError(f"engine.{what}: expected a live engine, but destroy() was called. Fix: initialize again.")
+
+    def _require_trainable(self, loss: Tensor) -> None:
+        self._require_alive("backward")
+        if self._parts.update is None:
+            raise RuntimeError(
+                "engine.backward: expected an optimizer, but this engine was made for inference. "
+                "Fix: pass an optimizer to lorica.initialize, or configure one."
+            )
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"engine.backward: expected a scalar loss, got {shape}. Fix: reduce it (loss.mean()), or call "
+                "tensor.backward(gradient) directly."
+            )
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "engine.backward: expected a loss with a graph, but it does not require a gradient. Fix: compute it "
+                "outside torch.no_grad(), from the output of the engine."
+            )
+        if in_backward():
+            raise RuntimeError("engine.backward: called inside a backward pass. Fix: call it from the training loop.")
+
+    # -- queries -------------------------------------------------------------------------------------------------------
+
+    @property
+    def global_rank(self) -> int:
+        """This process among all."""
+        return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+    @property
+    def local_rank(self) -> int:
+        """The index of this process's device on its host."""
+        return self.device.index or 0 if self.device.type == "cuda" else _environment_int("LOCAL_RANK")
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+    @property
+    def dp_world_size(self) -> int:
+        """Processes that see different data."""
+        return self._parts.site.num_replicas
+
+    @property
+    def mp_world_size(self) -> int:
+        """Processes that share one sample (tensor parallelism is not there yet)."""
+        return 1
+
+    @property
+    def basic_optimizer(self) -> torch.optim.Optimizer | None:
+        """The client's optimizer, or the engine's own."""
+        return self.optimizer.optimizer if self.optimizer is not None else None
+
+    def train_batch_size(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self.train_micro_batch_size_per_gpu() * self.gradient_accumulation_steps() * self.dp_world_size
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per forward on one rank."""
+        size = self._config.train_micro_batch_size_per_gpu
+        assert size is not None
+        return size
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self._config.gradient_accumulation_steps or 1
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """(train batch, micro-batch, accumulation steps)."""
+        return self.train_batch_size(), self.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the global batch by changing the number of accumulation steps.
+
+        Raises:
+            ValueError: if it is not a multiple of micro-batch x ranks.
+        """
+        unit = self.train_micro_batch_size_per_gpu() * self.dp_world_size
+        if train_batch_size <= 0 or train_batch_size % unit:
+            raise ValueError(
+                f"set_train_batch_size: expected a multiple of micro-batch x ranks = {unit}, got {train_batch_size}. "
+                f"Fix: use {max(unit, train_batch_size // unit * unit)}."
+            )
+        values = {"train_batch_size": train_batch_size, "gradient_accumulation_steps": train_batch_size // unit}
+        self._config = self._config.replace(values)
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the micro-batch; the number of accumulation steps stays."""
+        total = micro_batch_size * self.gradient_accumulation_steps() * self.dp_world_size
+        self._config = self._config.replace(
+            {"train_batch_size": total, "train_micro_batch_size_per_gpu": micro_batch_size}
+        )
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of every param group."""
+        return [float(group["lr"]) for group in self._parts.groups]
+
+    def get_mom(self) -> list[Any]:
+        """Momentum, or betas, of every param group."""
+        return [group.get("momentum", group.get("betas")) for group in self._parts.groups]
+
+    def get_type(self) -> list[str]:
+        """The name of the optimizer, one per param group."""
+        return [str(self.optimizer_name()) for _ in self._parts.groups]
+
+    def get_global_grad_norm(self) -> float | None:
+        """L2 norm of the averaged gradient at the last boundary, before clipping; None before the first."""
+        return self._grad_norm
+
+    def loss_scale(self) -> float:
+        """The present loss scale; 1.0 without fp16."""
+        return self._parts.loss_scale.scale
+
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale adapts."""
+        return self._parts.loss_scale.dynamic
+
+    def zero_optimization(self) -> bool:
+        """Whether anything is sharded."""
+        return self.zero_optimization_stage() > 0
+
+    def zero_optimization_stage(self) -> int:
+        """The ZeRO stage."""
+        return self._config.zero_optimization.stage
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        """Whether gradients are sharded."""
+        return self.zero_optimization_stage() >= 2
+
+    def zero_optimization_partition_weights(self) -> bool:
+        """Whether parameters are sharded."""
+        return self.zero_optimization_stage() >= 3
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """DeepSpeed's flag; Lorica gathers on request whatever it says."""
+        return self._config.zero_optimization.stage3_gather_16bit_weights_on_model_save
+
+    def fp16_enabled(self) -> bool:
+        """Whether the model computes in fp16."""
+        return self._config.fp16.enabled
+
+    def bfloat16_enabled(self) -> bool:
+        """Whether the model computes in bf16."""
+        return self._config.bf16.enabled
+
+    def gradient_clipping(self) -> float:
+        """The largest gradient norm; 0: no clipping."""
+        return self._config.gradient_clipping
+
+    def steps_per_print(self) -> int | None:
+        """Steps between two progress lines."""
+        return self._config.steps_per_print
+
+    def wall_clock_breakdown(self) -> bool:
+        """Whether phases are timed."""
+        return self._config.wall_clock_breakdown
+
+    def optimizer_name(self) -> str | None:
+        """The configured optimizer, or the class of the client's."""
+        if self._parts.client_optimizer is not None:
+            return type(self._parts.client_optimizer).__name__
+        return self._config.optimizer.type if self._config.optimizer is not None else None
+
+    def scheduler_name(self) -> str | None:
+        """The configured schedule."""
+        return self._config.scheduler.type if self._config.scheduler is not None else None
+
+    @property
+    def communication_data_type(self) -> torch.dtype:
+        """The dtype in which gradients travel."""
+        planes = self._parts.reducer.planes
+        return planes[0].comm_dtype if planes else torch.float32
+
+    def random_ltd_enabled(self) -> bool:
+        """Random layer-token dropping is not offered."""
+        return False
+
+
+class _Destroyed:
+    """Stands where the parts were; touching anything says what happened."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"engine ({name}): expected a live engine, but destroy() was called. Fix: initialize again.")
+
+
+_DESTROYED: Any = _Destroyed()
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def _environment_int(name: str) -> int:
+    import os
+
+    return int(os.environ.get(name, "0"))
+
+
+def _halved(tree: Any) -> Any:
+    cast: Callable[[Any], Any] = lambda x: x.half() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+    return torch.utils._pytree.tree_map(cast, tree)

@@ -1,0 +1,220 @@
+"""`zero.Init`: build a model whose parameters are sharded as soon as each module is constructed.
+
+A model that is larger than one rank's memory never exists whole: when a module's constructor returns, its own
+parameters are given rank 0's values, sharded over all ranks, and freed. `lorica.initialize` regroups them into units
+later, one at a time. Masters keep the precision in which the constructors made the values.
+
+[Note: patching constructors] Python offers no event for "this object is constructed". So, while the context is open,
+`__init__` of every `nn.Module` class is wrapped, and classes made meanwhile are wrapped by `__init_subclass__`. The
+wrapper acts when the outermost constructor of an object returns. Everything is put back when the context closes.
+`Module.apply` gathers each module's own parameters around the function, so that a model's usual `self.apply(init)` works.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorica.comm import init_distributed
+from lorica.config import load
+from lorica.core.build import initial_values
+from lorica.core.flat import Flat, Site
+from lorica.core.parameter import record_of
+from lorica.layout import Entry, build_layout
+from lorica.plan import Request, plan_unit
+from lorica.precision import Precision
+
+_BARE = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+
+
+class Init:
+    """Context manager: modules constructed inside are sharded (ZeRO stage 3)."""
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+    ) -> None:
+        """Prepare; nothing happens before `__enter__` (but `module`, if given, is sharded now).
+
+        Args:
+            module: an existing module to shard as it is.
+            data_parallel_group, mpu: where the data-parallel ranks are, as in `initialize`.
+            mem_efficient_linear: accepted; freed weights share their storage, no copy is kept anyway.
+            remote_device: "cpu" keeps the shards in host memory; None or "none": as the configuration says.
+            pin_memory: accepted; host shards are pinned as the configuration says.
+            config_dict_or_path, config: the configuration; only precision, offload_param and mics_shard_size are read.
+            enabled: False makes the context do nothing.
+            dtype: of the parameters; None: as the configuration says.
+        """
+        self.enabled = enabled
+        self._stack = ExitStack()
+        if not enabled:
+            return
+        from lorica.construct import make_site
+
+        init_distributed()
+        settings = load(_relevant(config_dict_or_path if config_dict_or_path is not None else config))
+        self._precision = Precision.from_config(settings)
+        self._dtype = dtype
+        self._tier = "host" if remote_device == "cpu" or settings.zero_optimization.offload_param.device == "cpu" else "device"
+        self._site, _, _ = make_site(settings, mpu if mpu is not None else _as_mpu(data_parallel_group))
+        self._flats: list[Flat] = []
+        self._building: set[int] = set()
+        if module is not None:
+            for each in module.modules():
+                self._shard(each)
+
+    def __enter__(self) -> Init:
+        if self.enabled:
+            self._stack.enter_context(torch.device(self._site.device))
+            self._stack.enter_context(_patched_constructors(self._constructed, self._building))
+            self._stack.enter_context(_patched_apply())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def _constructed(self, module: nn.Module) -> None:
+        self._shard(module)
+
+    def _shard(self, module: nn.Module) -> None:
+        """Shard the parameters that `module` itself owns and that are whole so far."""
+        own = {n: p for n, p in module.named_parameters(recurse=False) if record_of(p) is None and not p.is_meta}
+        for name, param in own.items():
+            flat = self._make_plane(f"{type(module).__name__}.{name}", param)
+            holder: list[Flat] = module.__dict__.setdefault("_lorica_init_planes", [])
+            holder.append(flat)
+
+    def _make_plane(self, name: str, param: nn.Parameter) -> Flat:
+        dtype = self._dtype or self._precision.compute_dtype_of(param.dtype)
+        plan = plan_unit(
+            Request(
+                stage=3,
+                param_dtype=_name(dtype),
+                accum_dtype=_name(dtype),
+                comm_dtype=_name(dtype),
+                master_dtype=_name(param.dtype),
+                param_tier=self._tier,
+                optimizer_tier=self._tier,
+            )
+        )
+        layout = build_layout([Entry(name, tuple(param.shape), 0)], self._site.shard.world_size)
+        flat = Flat(name, [param], layout, plan, self._site, trainable=param.is_floating_point())
+        flat.fill(0, initial_values(param, name, self._site))
+        flat.bind()
+        return flat
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _relevant(source: Any) -> Any:
+    """Only what `Init` reads: a client's configuration may still hold "auto" elsewhere."""
+    if not isinstance(source, dict):
+        return source if source is not None else _BARE
+    kept = {k: source[k] for k in ("fp16", "bf16", "bfloat16", "data_types", "lorica") if k in source}
+    zero = source.get("zero_optimization", {})
+    zero = {k: zero[k] for k in ("offload_param", "mics_shard_size") if k in zero} if isinstance(zero, dict) else {}
+    return {**_BARE, **kept, "zero_optimization": {"stage": 3, **zero}}
+
+
+def _as_mpu(group: Any) -> Any:
+    if group is None:
+        return None
+
+    class _Ranks:
+        def get_data_parallel_group(self) -> Any:
+            return group
+
+    return _Ranks()
+
+
+@contextmanager
+def _patched_constructors(constructed: Callable[[nn.Module], None], building: set[int]) -> Iterator[None]:
+    """Call `constructed(module)` when a module's outermost constructor has returned."""
+    patched: list[tuple[type, Any]] = []
+
+    def wrap(cls: type) -> None:
+        original = cls.__dict__.get("__init__")
+        if original is None:
+            return
+
+        @functools.wraps(original)
+        def wrapper(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+            if id(module) in building:
+                original(module, *args, **kwargs)
+                return
+            building.add(id(module))
+            try:
+                original(module, *args, **kwargs)
+            finally:
+                building.discard(id(module))
+            constructed(module)
+
+        cls.__init__ = wrapper  # type: ignore[misc]
+        patched.append((cls, original))
+
+    def wrap_new(cls: type, **kwargs: Any) -> None:
+        super(nn.Module, cls).__init_subclass__(**kwargs)
+        wrap(cls)
+
+    for cls in _subclasses(nn.Module):
+        wrap(cls)
+    before = nn.Module.__dict__.get("__init_subclass__")
+    nn.Module.__init_subclass__ = classmethod(wrap_new)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for cls, original in patched:
+            cls.__init__ = original  # type: ignore[misc]
+        if before is None:
+            del nn.Module.__init_subclass__
+        else:
+            nn.Module.__init_subclass__ = before
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    seen: set[type] = set()
+    stack = list(cls.__subclasses__())
+    while stack:
+        each = stack.pop()
+        if each not in seen:
+            seen.add(each)
+            stack.extend(each.__subclasses__())
+            yield each
+
+
+@contextmanager
+def _patched_apply() -> Iterator[None]:
+    """`module.apply(fn)` with each module's own parameters gathered around `fn`."""
+    from lorica.zero import GatheredParameters
+
+    original = nn.Module.apply
+
+    def apply(self: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
+        for module in self.children():
+            module.apply(fn)
+        with GatheredParameters(list(self.parameters(recurse=False)), modifier_rank=0):
+            fn(self)
+        return self
+
+    nn.Module.apply = apply  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.apply = original  # type: ignore[method-assign]

@@ -1,0 +1,104 @@
+"""Runs an element-wise update over a segment tile by tile: gradient -> unscaled scratch -> update -> rounded copy.
+
+Owns the cut and the scratch memory; owns no formula. A tile is a multiple of 128 elements, the alignment of a plane, so
+that vectorised kernels treat every element alike wherever a segment is cut [Note: tiles and bits].
+
+[Note: tiles and bits]
+torch's fused CPU Adam and SGD round differently (1 ulp) in the scalar loop over the last (numel mod vector width)
+elements of a call than in their vector body: the one uses fused multiply-add where the other does not. A call on a
+multiple of 128 elements has no such tail, and threads are given whole cache lines. Only a segment whose own length is
+no multiple of 128 has a tail, and then the same elements are in it however it is cut at multiples of 128.
+`test_the_tile_size_changes_no_bit` would fail otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorica.optim.base import Segment
+
+# CPU: a tile's gradient and master stay in the cache between unscale, update and rounding. Fused AdamW, one thread,
+# 512 KiB of L2, CPU ns per element with fp32 gradient / with bf16 in and out:
+# 16 Ki 4.3 / 5.9, 64 Ki 2.6 / 3.1, 256 Ki 2.3 / 2.8, 1 Mi 2.5 / 3.2.
+# Accelerators: no cache to win; the tile only bounds the scratch memory (256 MiB).
+TILE_NUMEL = {"cpu": 1 << 18}
+ACCELERATOR_TILE_NUMEL = 1 << 26
+
+
+class Tile(NamedTuple):
+    """What one element-wise update works on, all views of `numel` elements in master dtype.
+
+    `grad` is unscaled; the update must not write it unless it asked for a gradient of its own.
+    """
+
+    master: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    group: dict[str, Any]
+
+
+def default_tile_numel(device: torch.device) -> int:
+    """The tile size for `device`, in elements."""
+    return TILE_NUMEL.get(device.type, ACCELERATOR_TILE_NUMEL)
+
+
+def run_in_tiles(
+    segment: Segment,
+    coef: Tensor | float,
+    update_tile: Callable[[Tile], None],
+    *,
+    tile_numel: int | None = None,
+    own_grad: bool = False,
+) -> None:
+    """Call `update_tile` on every tile of `segment`, then round the new master into `segment.out`.
+
+    Args:
+        coef: multiplies the gradient; 1.0 (a float) costs nothing.
+        tile_numel: multiple of 128; None takes the default of the device.
+        own_grad: give the update a gradient that it may write.
+    """
+    for tile, out in tiles(segment, coef, tile_numel=tile_numel, own_grad=own_grad):
+        update_tile(tile)
+        if out is not None:
+            out.copy_(tile.master)
+
+
+def tiles(
+    segment: Segment, coef: Tensor | float, *, tile_numel: int | None = None, own_grad: bool = False
+) -> Iterator[tuple[Tile, Tensor | None]]:
+    """Yield each tile with its part of `segment.out`; one scratch serves all tiles, so take them one after another."""
+    master, numel = segment.master, segment.master.numel()
+    size = tile_numel or default_tile_numel(master.device)
+    unscaled = isinstance(coef, float) and coef == 1.0 and segment.grad.dtype == master.dtype and not own_grad
+    scratch = None if unscaled or not numel else torch.empty(min(size, numel), dtype=master.dtype, device=master.device)
+    factor = None if scratch is None else coef_tensor(coef, master)
+    for start in range(0, numel, size):
+        stop = min(start + size, numel)
+        grad = segment.grad[start:stop]
+        if scratch is not None and factor is not None:
+            grad = unscale(grad, factor, scratch[: stop - start])
+        state = {name: plane[start:stop] for name, plane in segment.state.items()}
+        out = None if segment.out is None else segment.out[start:stop]
+        yield Tile(master[start:stop], grad, state, segment.group), out
+
+
+def coef_tensor(coef: Tensor | float, like: Tensor) -> Tensor:
+    """`coef` as a [1] tensor in the dtype and on the device of `like`."""
+    if isinstance(coef, Tensor):
+        return coef.detach().reshape(1).to(device=like.device, dtype=like.dtype)
+    return torch.full((1,), float(coef), dtype=like.dtype, device=like.device)
+
+
+def unscale(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """Write grad * factor into `out`, multiplied in the dtype of `out`, and return it.
+
+    One pass where a kernel converts while it reads; on a CPU a mixed-dtype multiply makes a temporary, and copying
+    first is 10 % faster. Both give the same bits: the conversion to a wider type is exact.
+    """
+    if grad.dtype == out.dtype or grad.device.type != "cpu":
+        return torch.mul(grad, factor, out=out)
+    return out.copy_(grad).mul_(factor)

@@ -1,0 +1,185 @@
+"""What the user wants, as data: where each plane is sharded, where it lives, in which precision. No tensors, no torch.
+
+A ZeRO stage is a row of `STAGE`; a tier, a dtype and an update policy are fields. `LEGALITY` refuses the combinations
+that make no sense, each with its reason and the nearest legal setting. `UnitPlan.bytes_per_rank` is the exact memory
+arithmetic that the engine's accounting is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+ITEMSIZE = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16,
+}  # fmt: skip
+
+
+class Sharded(NamedTuple):
+    """Which planes a ZeRO stage shards."""
+
+    param: bool
+    grad: bool
+    states: bool
+
+
+# An unsharded gradient is Partial: it is reduced once, at the accumulation boundary.
+# Source: Rajbhandari et al. 2020 (arXiv:1910.02054), sec. 5: P_os, P_os+g, P_os+g+p.
+STAGE: dict[int, Sharded] = {
+    0: Sharded(False, False, False),
+    1: Sharded(False, False, True),
+    2: Sharded(False, True, True),
+    3: Sharded(True, True, True),
+}
+
+SHARD_AXIS = "dp_shard"
+REPLICATE_AXIS = "dp_replicate"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one plane is: sharded over `axes` (none: whole on every rank), in `tier`, as `dtype`."""
+
+    axes: tuple[str, ...]
+    tier: str
+    dtype: str
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds only its part."""
+        return bool(self.axes)
+
+    def numel(self, plane_numel: int, num_shards: int) -> int:
+        """Elements of a plane of `plane_numel` that one rank holds."""
+        return plane_numel // num_shards if self.sharded else plane_numel
+
+    def bytes(self, plane_numel: int, num_shards: int) -> int:
+        """Bytes of a plane of `plane_numel` elements that one rank holds."""
+        return self.numel(plane_numel, num_shards) * ITEMSIZE[self.dtype]
+
+
+class StateBytes(NamedTuple):
+    """Bytes that one rank holds of each kind of model state."""
+
+    param: int = 0
+    grad: int = 0
+    master: int = 0
+    moments: int = 0
+
+    def __add__(self, other: object) -> StateBytes:
+        if not isinstance(other, StateBytes):
+            return NotImplemented
+        return StateBytes(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def total(self) -> int:
+        """All kinds together."""
+        return sum(self)
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """The five choices for the planes of one unit (`wire` and `update` have one value each so far)."""
+
+    stage: int
+    param: Placement
+    grad: Placement
+    master: Placement
+    moments: Placement
+    comm_dtype: str
+    wire: str = "identity"
+    update: str = "sync"
+
+    @property
+    def master_is_param(self) -> bool:
+        """Whether the parameter's own plane serves as the master: same dtype, same tier."""
+        return (self.master.dtype, self.master.tier) == (self.param.dtype, self.param.tier)
+
+    def bytes_per_rank(self, plane_numel: int, num_shards: int, num_moments: int, *, trainable: bool) -> StateBytes:
+        """Bytes that one rank holds of a plane of `plane_numel` elements between two steps.
+
+        Args:
+            num_moments: moment planes of the optimizer (Adam: 2).
+            trainable: a frozen plane has parameters only.
+        """
+        param = self.param.bytes(plane_numel, num_shards)
+        if not trainable:
+            return StateBytes(param=param)
+        return StateBytes(
+            param=param,
+            grad=self.grad.bytes(plane_numel, num_shards),
+            master=0 if self.master_is_param else self.master.bytes(plane_numel, num_shards),
+            moments=num_moments * self.moments.bytes(plane_numel, num_shards),
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the configuration asks for, before it is known to be legal."""
+
+    stage: int
+    param_dtype: str
+    accum_dtype: str
+    comm_dtype: str
+    master_dtype: str = "float32"
+    param_tier: str = "device"
+    optimizer_tier: str = "device"
+
+
+class Rule(NamedTuple):
+    """One line of the legality table."""
+
+    forbidden: Callable[[Request], bool]
+    reason: str
+    fix: str
+
+
+LEGALITY: tuple[Rule, ...] = (
+    Rule(
+        lambda r: r.stage not in STAGE,
+        "zero_optimization.stage: expected 0, 1, 2 or 3",
+        "set stage to one of them",
+    ),
+    Rule(
+        lambda r: r.param_tier != "device" and r.stage < 3,
+        "zero_optimization.offload_param: only sharded parameters can leave the device between their uses",
+        "set zero_optimization.stage to 3, or remove offload_param",
+    ),
+    Rule(
+        lambda r: r.optimizer_tier != "device" and r.stage == 0,
+        "zero_optimization.offload_optimizer: stage 0 keeps a whole optimizer on every rank, which offloading would "
+        "multiply in host memory",
+        "set zero_optimization.stage to 1 (or more), or remove offload_optimizer",
+    ),
+    Rule(
+        lambda r: r.param_tier not in ("device", "host") or r.optimizer_tier not in ("device", "host"),
+        "offload device: the NVMe tier is not there yet",
+        'use "device": "cpu"',
+    ),
+)
+
+
+def plan_unit(request: Request) -> UnitPlan:
+    """The plan for a unit's trainable and frozen planes.
+
+    Raises:
+        ValueError: if the legality table refuses the request.
+    """
+    for rule in LEGALITY:
+        if rule.forbidden(request):
+            raise ValueError(f"{rule.reason} (got {request}). Fix: {rule.fix}.")
+    sharded = STAGE[request.stage]
+
+    def axes(flag: bool) -> tuple[str, ...]:
+        return (SHARD_AXIS,) if flag else ()
+
+    return UnitPlan(
+        stage=request.stage,
+        param=Placement(axes(sharded.param), request.param_tier, request.param_dtype),
+        grad=Placement(axes(sharded.grad), "device", request.accum_dtype),
+        master=Placement(axes(sharded.states), request.optimizer_tier, request.master_dtype),
+        moments=Placement(axes(sharded.states), request.optimizer_tier, request.master_dtype),
+        comm_dtype=request.comm_dtype,
+    )

@@ -1,0 +1,31 @@
+"""Memory of the compute device itself: reading and writing cost nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class DeviceTier:
+    """The tier in which a plane is where the arithmetic is."""
+
+    name = "device"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def alloc(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Zero-filled plane on the device."""
+        return torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def read(self, stored: Tensor) -> Tensor:
+        """`stored` itself."""
+        return stored
+
+    def write(self, source: Tensor, stored: Tensor) -> None:
+        """Copy on the device; nothing if both are the same memory."""
+        if source.data_ptr() != stored.data_ptr():
+            stored.copy_(source)
+
+    def close(self) -> None:
+        """Nothing is held."""
