@@ -1,4 +1,4 @@
-"""Lorica: ZeRO, offload and parallelism for an unmodified `nn.Module`. This file owns the public names and nothing else.
+"""Lorica: ZeRO, offload and parallelism for an unmodified `nn.Module`. Owns the public names, nothing else.
 
 Names are imported on first use, so that `lorica check` and `import lorica` stay cheap (no torch).
 """
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from lorica.arguments import add_config_arguments
     from lorica.comm import init_distributed
     from lorica.config import Config, ConfigError
-    from lorica.engine import Engine
     from lorica.construct import initialize
+    from lorica.engine import Engine
 
 
 def __getattr__(name: str) -> Any:

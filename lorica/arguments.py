@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections.abc import Sequence
+from typing import Any
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add --deepspeed, --deepspeed_config and --local_rank to `parser`, and --lorica, --lorica_config as other names.
 
-    A script's own --local_rank is kept, whether it was added before or is added afterwards: for that, `parser` resolves
-    conflicting options from here on in favour of the later one.
+    A --local_rank of the script's own is kept, whether it is added before or after this call: ours is added when
+    parsing starts, if there is none by then.
 
     Returns:
         `parser`.
@@ -24,15 +27,18 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     )
     group.add_argument("--deepscale", action="store_true", help=argparse.SUPPRESS)
     group.add_argument("--deepscale_config", help=argparse.SUPPRESS)
-    group.conflict_handler = "error"
-    try:
-        group.add_argument(
-            "--local_rank",
-            type=int,
-            default=int(os.environ.get("LOCAL_RANK", "-1")),
-            help="this process's number on its machine; the launcher passes it",
-        )
-    except argparse.ArgumentError:
-        return parser
-    parser.conflict_handler = "resolve"
+    group.conflict_handler = "error"  # never "resolve": the script's --local_rank would be the one to go
+    parse = parser.parse_known_args
+
+    def add_local_rank_and_parse(args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        with contextlib.suppress(argparse.ArgumentError):
+            group.add_argument(
+                "--local_rank",
+                type=int,
+                default=int(os.environ.get("LOCAL_RANK", "-1")),
+                help="this process's number on its machine; the launcher passes it",
+            )
+        return parse(args, namespace)
+
+    parser.parse_known_args = add_local_rank_and_parse  # type: ignore[method-assign, assignment]
     return parser

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -19,8 +18,9 @@ from lorica.core.partition import Cut, partition
 from lorica.core.prefetch import Prefetcher
 from lorica.core.streams import make_streams
 from lorica.core.unit import Unit
-from lorica.data import make_loader
 from lorica.engine import Engine, Parts
+from lorica.init import release_init_planes
+from lorica.log import logger, make_visible
 from lorica.mesh import Mesh
 from lorica.monitor import Monitor, Timers
 from lorica.optim.base import FlatOptimizer
@@ -30,8 +30,6 @@ from lorica.precision import Precision, make_loss_scale
 from lorica.schedules import schedule_from_config
 from lorica.tier import make_tiers
 from lorica.update.sync import SyncUpdate
-
-logger = logging.getLogger("lorica")
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
 
@@ -85,9 +83,12 @@ def initialize(
         ValueError: an argument is wrong.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"initialize: expected model to be an nn.Module, got {type(model).__name__}. Fix: pass a model.")
+        raise ValueError(
+            f"initialize: expected model to be an nn.Module, got {type(model).__name__}. Fix: pass a model."
+        )
     if mesh_param is not None:
         raise NotImplementedError("initialize: mesh_param (sequence parallelism) is not there yet. Fix: leave it out.")
+    make_visible()
     settings = load(_config_source(args, config, config_params))
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     site, world, source = make_site(settings, mpu)
@@ -95,7 +96,7 @@ def initialize(
     engine, schedule = _build(settings, model, optimizer, model_parameters, lr_scheduler, site, mpu)
     loader = None
     if training_data is not None:
-        loader = engine.training_dataloader = deepspeed_io(engine, training_data, collate_fn=collate_fn)
+        loader = engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
     return Initialized(engine, engine.optimizer, loader, schedule)
 
 
@@ -174,7 +175,7 @@ def _data_parallel_ranks(mpu: Any) -> tuple[list[int], str]:
     return list(range(world)), "torch.distributed"
 
 
-# -- the parts of an engine ----------------------------------------------------------------------------------------------
+# -- the parts of an engine --------------------------------------------------------------------------------------------
 
 
 class Chosen(NamedTuple):
@@ -194,6 +195,7 @@ def _build(
     predivide = _predivide(config, precision, site)
     units = build_units(_units_of(config, model), _blueprint(config, precision, chosen, predivide), site)
     load_buffers(model, site, precision.buffer_dtype)
+    release_init_planes(model)
     _mark_for_deepspeed(config, units)
     zero = config.zero_optimization
     reducer = Reducer(units, lambda order: _agree(order, site), overlap=zero.overlap_comm)
@@ -206,7 +208,9 @@ def _build(
             units=units,
             reducer=reducer,
             prefetcher=Prefetcher(
-                ahead_numel=zero.stage3_prefetch_bucket_size if zero.stage3_prefetch_bucket_size is not None else 50_000_000,
+                ahead_numel=zero.stage3_prefetch_bucket_size
+                if zero.stage3_prefetch_bucket_size is not None
+                else 50_000_000,
                 max_live_numel=zero.stage3_max_live_parameters,
             ),
             loss_scale=make_loss_scale(config),
@@ -228,7 +232,9 @@ def _log_start(config: Config, site: Site) -> None:
     if _rank() == 0:
         for warning in config.warnings:
             logger.warning(warning)
-        logger.info("%s | %d ranks over %s on %s", config.summary_line(), site.num_replicas, site.shard.name, site.device)
+        logger.info(
+            "%s | %d ranks over %s on %s", config.summary_line(), site.num_replicas, site.shard.name, site.device
+        )
 
 
 def _choose_optimizer(config: Config, model: nn.Module, optimizer: Any, parameters: Any) -> Chosen | None:
@@ -242,7 +248,7 @@ def _choose_optimizer(config: Config, model: nn.Module, optimizer: Any, paramete
         return None
     params = {key: value for key, value in config.optimizer.params.items() if value is not None}
     flat = from_config(config.optimizer.type, params)
-    names = {param: name for name, param in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {param: name for name, param in model.named_parameters()}
     return Chosen(flat, flat.param_groups(groups, names), None)
 
 
@@ -281,19 +287,23 @@ def _units_of(config: Config, model: nn.Module) -> list[Any]:
 def _blueprint(config: Config, precision: Precision, chosen: Chosen | None, predivide: float) -> Blueprint:
     zero = config.zero_optimization
     groups = chosen.groups if chosen is not None else []
-    threshold = zero.stage3_param_persistence_threshold
     return Blueprint(
         stage=zero.stage,
         precision=precision,
         group_of={id(param): index for index, group in enumerate(groups) for param in group["params"]},
         param_tier=_tier(zero.offload_param.device),
         optimizer_tier=_tier(zero.offload_optimizer.device),
-        bucket_numel=zero.reduce_bucket_size or 500_000_000,
+        bucket_numel=_or_default(zero.reduce_bucket_size, 500_000_000),
         predivide=predivide,
         keep_grads=config.gradient_accumulation_steps == 1,
-        persist_numel=100_000 if threshold is None else threshold,
+        persist_numel=_or_default(zero.stage3_param_persistence_threshold, 100_000),
         persist_total=zero.stage3_model_persistence_threshold,
     )
+
+
+def _or_default(value: int | None, default: int) -> int:
+    """`value`, or `default` for a key that was "auto"."""
+    return default if value is None else value
 
 
 def _tier(device: str) -> str:
@@ -333,16 +343,4 @@ def _choose_scheduler(config: Config, scheduler: Any, optimizer: Any) -> Any:
     return schedule_from_config(config.scheduler.type, params, optimizer)
 
 
-def deepspeed_io(engine: Engine, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> Any:
-    """A loader of this rank's share of `dataset` in micro-batches."""
-    return make_loader(
-        dataset,
-        engine.train_micro_batch_size_per_gpu(),
-        rank=engine.global_rank,
-        world_size=engine.dp_world_size,
-        collate_fn=collate_fn,
-        drop_last=engine._config.dataloader_drop_last,
-    )
-
-
-__all__ = ["Initialized", "deepspeed_io", "initialize"]
+__all__ = ["Initialized", "initialize"]

@@ -39,8 +39,8 @@ def make_loader(
 ) -> DataLoader[Any]:
     """A loader of one rank's share of `dataset`; its length is the number of micro-batches on this rank.
 
-    Every rank gets the same number of samples: where they do not divide evenly, some are read twice. Another epoch has
-    another order only after `loader.sampler.set_epoch(n)`; `RepeatingLoader` does that.
+    Every rank gets the same number of samples: where they do not divide evenly, some are read twice. Every pass over the
+    loader is another epoch, in another order; `loader.sampler.set_epoch(n)` goes to a certain one.
 
     Args:
         dataset: a map-style dataset (`__getitem__` and `__len__`), or a torch `IterableDataset`. The latter is not cut
@@ -67,7 +67,7 @@ def make_loader(
     else:
         _check_map_style(dataset)
         if sampler is None:
-            sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=seed)
+            sampler = EpochSampler(dataset, world_size, rank, shuffle=shuffle, seed=seed)
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -77,6 +77,15 @@ def make_loader(
         pin_memory=pin_memory and torch.accelerator.is_available(),
         drop_last=drop_last,
     )
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """A distributed sampler that goes on to the next epoch by itself whenever it is iterated."""
+
+    def __iter__(self) -> Iterator[Any]:
+        order = super().__iter__()
+        self.epoch += 1
+        return order
 
 
 class RepeatingLoader:

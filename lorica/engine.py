@@ -6,8 +6,7 @@ in `core/`, arithmetic in `optim/`, transport in `comm/`. `construct.py` builds 
 
 from __future__ import annotations
 
-import logging
-import time
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,15 +23,15 @@ from lorica.core.hooks import Hooks, in_backward
 from lorica.core.norm import global_norm
 from lorica.core.prefetch import Prefetcher
 from lorica.core.unit import Unit
+from lorica.data import make_loader, route_shuffles
 from lorica.export import consolidated_state_dict, save_safetensors
-from lorica.monitor import Monitor, Timers
-from lorica.monitor.throughput import progress_line
+from lorica.log import logger
+from lorica.monitor import Monitor, Throughput, Timers, progress_line, training_events
+from lorica.monitor.timers import breakdown_lines
 from lorica.optimizer import ZeroOptimizer
 from lorica.plan import StateBytes
 from lorica.precision import LossScale
 from lorica.update.sync import SyncUpdate
-
-logger = logging.getLogger("lorica")
 
 
 class Memory(NamedTuple):
@@ -86,7 +85,7 @@ class Engine(nn.Module):
         self._update_count = 0
         self._grad_norm: float | None = None
         self._losses: list[Tensor] = []
-        self._printed = (0, time.monotonic())
+        self._throughput = Throughput()
         for grad in parts.reducer.planes:
             grad.factor = self._grad_factor
         self._hooks = Hooks(
@@ -198,7 +197,7 @@ class Engine(nn.Module):
         if not self._parts.reducer.active and self._parts.update is not None:
             self._begin_backward()
             if not self._explicit:
-                torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[attr-defined]
+                torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def _end_backward(self) -> None:
         self._parts.reducer.finish()
@@ -214,7 +213,7 @@ class Engine(nn.Module):
     def _take_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         parts = self._parts
         if parts.update is None:
-            raise RuntimeError("engine.step: expected an optimizer. Fix: pass one to lorica.initialize, or configure it.")
+            raise RuntimeError("engine.step: expected an optimizer. Fix: pass or configure one at lorica.initialize.")
         with parts.timers("reduce"):
             parts.reducer.settle()
             self._hooks.free_all()
@@ -260,35 +259,72 @@ class Engine(nn.Module):
         scale = f", loss scale {self.loss_scale():g}" if self.fp16_enabled() else ""
         message = f"step {self.global_steps + 1}: the gradient holds inf or nan{scale}; the step is skipped"
         if self._config.lorica.on_nonfinite == "raise" and not self.dynamic_loss_scale():
-            raise FloatingPointError(f"{message}. Fix: lower the learning rate, or look for the loss that is not finite.")
+            raise FloatingPointError(f"{message}. Fix: lower the learning rate, or find the loss that is not finite.")
         if self.global_rank == 0:
             logger.warning(message)
 
     def _report_step(self) -> None:
+        self._throughput.add(self.train_batch_size())
         every = self._config.steps_per_print
-        due = bool(every) and self.global_steps % every == 0  # type: ignore[operator]
+        due = self.global_rank == 0 and every is not None and self.global_steps % every == 0
         losses, self._losses = self._losses, []
-        if not due and not self.monitor.enabled:
+        if not due and not self.monitor.writes:
             return
         loss = float(torch.stack(losses).float().mean()) if losses else None
-        if due and self.global_rank == 0:
-            samples, now = self.global_samples, time.monotonic()
-            rate = (samples - self._printed[0]) / max(now - self._printed[1], 1e-9)
-            self._printed = (samples, now)
-            scale = self.loss_scale() if self.fp16_enabled() else None
-            logger.info(progress_line(self.global_steps, loss, self.get_lr()[0], scale, rate, self._grad_norm))
-            for line in self._parts.timers.lines():
+        scale = self.loss_scale() if self.fp16_enabled() else None
+        phases = self._parts.timers.take() if due else {}
+        if due:
+            rate = self._throughput.take()
+            logger.info(progress_line(self.global_steps, loss, self.get_lr(), scale, rate, self._grad_norm))
+            for line in breakdown_lines(phases):
                 logger.info(line)
-        if self.monitor.enabled:
-            self._write_events(loss)
+            if self._config.memory_breakdown:
+                logger.info(self._memory_line())
+        times = {phase: time.mean_ms for phase, time in phases.items()}
+        self.monitor.write_events(
+            training_events(self.global_samples, loss=loss, lr=self.get_lr()[0], loss_scale=scale, phase_ms=times)
+        )
 
-    def _write_events(self, loss: float | None) -> None:
-        events = [("Train/Samples/lr", self.get_lr()[0], self.global_samples)]
-        if loss is not None:
-            events.append(("Train/Samples/train_loss", loss, self.global_samples))
-        if self.fp16_enabled():
-            events.append(("Train/Samples/loss_scale", self.loss_scale(), self.global_samples))
-        self.monitor.write_events(events)
+    def _memory_line(self) -> str:
+        states = self.memory().allocated_bytes._asdict()
+        parts = [f"{kind} {count / 2**20:.1f} MiB" for kind, count in states.items()]
+        if self.device.type == "cuda":
+            parts.append(f"device peak {torch.cuda.max_memory_allocated(self.device) / 2**20:.1f} MiB")
+        return "model states on this rank | " + " | ".join(parts)
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> Any:
+        """A loader of this rank's share of `dataset`, in micro-batches of `batch_size` (default: the configured size).
+
+        Args:
+            route: "train" shuffles; "eval" and "predict" do not.
+            data_sampler: decides alone which samples this rank reads.
+            num_local_io_workers: processes that load; None or 0: none besides this one.
+        """
+        site = self._parts.site
+        replica = site.replicate.rank if site.replicate is not None else 0
+        return make_loader(
+            dataset,
+            batch_size or self.train_micro_batch_size_per_gpu(),
+            rank=replica * site.shard.world_size + site.shard.rank,
+            world_size=site.num_replicas,
+            collate_fn=collate_fn,
+            drop_last=self._config.dataloader_drop_last,
+            sampler=data_sampler,
+            num_workers=num_local_io_workers or 0,
+            pin_memory=pin_memory,
+            shuffle=route_shuffles(route),
+        )
 
     # -- boundaries ----------------------------------------------------------------------------------------------------
 
@@ -331,7 +367,7 @@ class Engine(nn.Module):
 
     def memory(self) -> Memory:
         """Bytes of model states on this rank, planned and counted."""
-        moments = len(self._parts.units and self._moment_names())
+        moments = len(self._moment_names())
         planned = allocated = StateBytes()
         for unit in self._parts.units:
             for flat in unit.flats:
@@ -355,7 +391,9 @@ class Engine(nn.Module):
 
     def consolidated_state_dict(self, *, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
         """The whole model in compute precision: a state dict on the CPU on rank 0, None elsewhere. Collective."""
-        return consolidated_state_dict(self.module, exclude_frozen=exclude_frozen_parameters, keep=self.global_rank == 0)
+        return consolidated_state_dict(
+            self.module, exclude_frozen=exclude_frozen_parameters, keep=self.global_rank == 0
+        )
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
         return self.consolidated_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
@@ -403,7 +441,7 @@ class Engine(nn.Module):
 
     def _require_alive(self, what: str) -> None:
         if self._parts is _DESTROYED:
-            raise RuntimeError(f"engine.{what}: expected a live engine, but destroy() was called. Fix: initialize again.")
+            raise RuntimeError(f"engine.{what}: expected a live engine, but it was destroyed. Fix: initialize again.")
 
     def _require_trainable(self, loss: Tensor) -> None:
         self._require_alive("backward")
@@ -598,8 +636,6 @@ def _is_finite(value: float) -> bool:
 
 
 def _environment_int(name: str) -> int:
-    import os
-
     return int(os.environ.get(name, "0"))
 
 

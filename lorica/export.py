@@ -1,4 +1,4 @@
-"""Whole models out of sharded planes: a consolidated state dict, one safetensors file. Checkpoints are not made here."""
+"""Whole models out of sharded planes: a consolidated state dict, one safetensors file. Makes no checkpoints."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ later, one at a time. Masters keep the precision in which the constructors made 
 [Note: patching constructors] Python offers no event for "this object is constructed". So, while the context is open,
 `__init__` of every `nn.Module` class is wrapped, and classes made meanwhile are wrapped by `__init_subclass__`. The
 wrapper acts when the outermost constructor of an object returns. Everything is put back when the context closes.
-`Module.apply` gathers each module's own parameters around the function, so that a model's usual `self.apply(init)` works.
+`Module.apply` gathers each module's own parameters around the function, so that the usual `self.apply(init)` works.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lorica.layout import Entry, build_layout
 from lorica.plan import Request, plan_unit
 from lorica.precision import Precision
 
+_PLANES = "_lorica_init_planes"  # where a module keeps the planes of its parameters until initialize
 _BARE = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 
 
@@ -64,13 +65,15 @@ class Init:
         self._stack = ExitStack()
         if not enabled:
             return
-        from lorica.construct import make_site
+        from lorica.construct import make_site  # construct imports this file
 
         init_distributed()
         settings = load(_relevant(config_dict_or_path if config_dict_or_path is not None else config))
         self._precision = Precision.from_config(settings)
         self._dtype = dtype
-        self._tier = "host" if remote_device == "cpu" or settings.zero_optimization.offload_param.device == "cpu" else "device"
+        self._tier = (
+            "host" if remote_device == "cpu" or settings.zero_optimization.offload_param.device == "cpu" else "device"
+        )
         self._site, _, _ = make_site(settings, mpu if mpu is not None else _as_mpu(data_parallel_group))
         self._flats: list[Flat] = []
         self._building: set[int] = set()
@@ -96,7 +99,7 @@ class Init:
         own = {n: p for n, p in module.named_parameters(recurse=False) if record_of(p) is None and not p.is_meta}
         for name, param in own.items():
             flat = self._make_plane(f"{type(module).__name__}.{name}", param)
-            holder: list[Flat] = module.__dict__.setdefault("_lorica_init_planes", [])
+            holder: list[Flat] = module.__dict__.setdefault(_PLANES, [])
             holder.append(flat)
 
     def _make_plane(self, name: str, param: nn.Parameter) -> Flat:
@@ -117,6 +120,18 @@ class Init:
         flat.fill(0, initial_values(param, name, self._site))
         flat.bind()
         return flat
+
+
+def release_init_planes(model: nn.Module) -> None:
+    """Close the transports of planes that `Init` made for `model`, once units have taken over the values."""
+    sites: dict[int, Site] = {}
+    for module in model.modules():
+        for flat in module.__dict__.pop(_PLANES, ()):
+            sites[id(flat.site)] = flat.site
+    for site in sites.values():
+        for comm in (site.shard, site.replicate):
+            if comm is not None:
+                comm.close()
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -170,13 +185,13 @@ def _patched_constructors(constructed: Callable[[nn.Module], None], building: se
         patched.append((cls, original))
 
     def wrap_new(cls: type, **kwargs: Any) -> None:
-        super(nn.Module, cls).__init_subclass__(**kwargs)
+        object.__init_subclass__(**kwargs)
         wrap(cls)
 
     for cls in _subclasses(nn.Module):
         wrap(cls)
     before = nn.Module.__dict__.get("__init_subclass__")
-    nn.Module.__init_subclass__ = classmethod(wrap_new)  # type: ignore[assignment]
+    nn.Module.__init_subclass__ = classmethod(wrap_new)  # type: ignore[assignment, arg-type]
     try:
         yield
     finally:
@@ -185,12 +200,12 @@ def _patched_constructors(constructed: Callable[[nn.Module], None], building: se
         if before is None:
             del nn.Module.__init_subclass__
         else:
-            nn.Module.__init_subclass__ = before
+            nn.Module.__init_subclass__ = before  # type: ignore[method-assign]
 
 
 def _subclasses(cls: type) -> Iterator[type]:
     seen: set[type] = set()
-    stack = list(cls.__subclasses__())
+    stack: list[type] = list(cls.__subclasses__())
     while stack:
         each = stack.pop()
         if each not in seen:

@@ -1,4 +1,4 @@
-"""Looking at, changing and creating parameters that are sharded: `GatheredParameters`, `safe_get_*`, `safe_set_*`, `Init`.
+"""Reading, changing and creating sharded parameters: `GatheredParameters`, `safe_get_*`, `safe_set_*`, `Init`.
 
 Everything here is collective: all ranks make the same calls. Owns no planes.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ __all__ = [
 
 
 @contextmanager
-def GatheredParameters(  # noqa: N802 (DeepSpeed's name)
+def GatheredParameters(
     params: Iterable[nn.Parameter] | nn.Parameter,
     modifier_rank: int | None = None,
     fwd_module: nn.Module | None = None,
@@ -127,7 +126,7 @@ def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) ->
     register_external_parameter(module, parameter)
 
 
-# -- one parameter's values, gradient, moments ----------------------------------------------------------------------------
+# -- one parameter's values, gradient, moments -------------------------------------------------------------------------
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
@@ -214,13 +213,13 @@ def _require(param: nn.Parameter, value: Tensor, what: str) -> ParamRecord:
     shape = record.flat.layout.slots[record.index].shape
     if tuple(value.shape) != shape:
         raise ValueError(
-            f"{what}: expected a value of shape {shape} for {record.name}, got {tuple(value.shape)}. Fix: pass the whole "
-            "parameter's values."
+            f"{what}: expected a value of shape {shape} for {record.name}, got {tuple(value.shape)}. Fix: pass the "
+            "values of the whole parameter."
         )
     return record
 
 
-# -- leaf modules ---------------------------------------------------------------------------------------------------------
+# -- leaf modules ------------------------------------------------------------------------------------------------------
 
 
 def set_z3_leaf_modules(

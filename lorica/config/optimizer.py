@@ -13,6 +13,7 @@ _POSITIVE = {"ge": 1}
 
 
 NonNegative = Annotated[float, Field(ge=0)]
+PerGroup = NonNegative | tuple[NonNegative, ...] | None
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -144,10 +145,8 @@ TORCH_OPTIMIZERS_REFUSED = {
 class WarmupLRParams(Block):
     """Warm up, then stay."""
 
-    warmup_min_lr: NonNegative | tuple[NonNegative, ...] | None = key(
-        0.0, "Learning rate at the start.", form=Form.NUMBERS
-    )
-    warmup_max_lr: NonNegative | tuple[NonNegative, ...] | None = key(
+    warmup_min_lr: PerGroup = key(0.0, "Learning rate at the start.", form=Form.NUMBERS)
+    warmup_max_lr: PerGroup = key(
         None, "Learning rate after the warm-up.", form=Form.NUMBERS, shown_default="the optimizer's"
     )
     warmup_num_steps: int | None = key(1000, "Steps of the warm-up.", bounds=_POSITIVE)
@@ -159,9 +158,7 @@ class WarmupDecayLRParams(WarmupLRParams):
     """Warm up, then fall linearly to zero."""
 
     total_num_steps: int | None = key(..., "Steps of the whole training.", bounds=_POSITIVE)
-    warmup_max_lr: NonNegative | tuple[NonNegative, ...] | None = key(
-        1e-3, "Learning rate after the warm-up.", form=Form.NUMBERS
-    )
+    warmup_max_lr: PerGroup = key(1e-3, "Learning rate after the warm-up.", form=Form.NUMBERS)
 
 
 class WarmupCosineLRParams(Block):
@@ -200,9 +197,7 @@ class OneCycleParams(Block):
 class LRRangeTestParams(Block):
     """Raise the learning rate step by step to find its useful range."""
 
-    lr_range_test_min_lr: NonNegative | tuple[NonNegative, ...] | None = key(
-        1e-3, "First learning rate.", form=Form.NUMBERS
-    )
+    lr_range_test_min_lr: PerGroup = key(1e-3, "First learning rate.", form=Form.NUMBERS)
     lr_range_test_step_size: int = key(2000, "Steps between two rises.", bounds=_POSITIVE)
     lr_range_test_step_rate: float = key(1.0, "Rise per step.")
     lr_range_test_staircase: bool = key(False, "Rise in stairs instead of a slope.")

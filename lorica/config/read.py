@@ -247,8 +247,8 @@ class _Walker:
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in JSON's words; a number as it is."""
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+    """What a value is, in JSON's words; numbers and lists as they are."""
+    if value is None or (isinstance(value, int | float | list) and not isinstance(value, bool)):
         return show(value)
     for kinds, name in _KINDS:
         if isinstance(value, kinds):
@@ -260,7 +260,6 @@ _KINDS: tuple[tuple[Any, str], ...] = (
     (bool, "a boolean"),
     (str, "a string"),
     (Mapping, "an object"),
-    (list | tuple, "a list"),
 )
 
 

@@ -81,7 +81,7 @@ def _text(source: str) -> tuple[str, str]:
     try:
         content = FilePath(source).read_bytes()
     except IsADirectoryError:
-        raise _refused(source, "is a folder", "name the JSON file in it") from None
+        raise _refused(source or "(empty path)", "is a folder", "name the JSON file in it") from None
     except (OSError, ValueError) as error:  # a base64 string is no legal file name, or names no file
         decoded = _from_base64(source)
         if decoded is None:

@@ -168,6 +168,10 @@ class GradPlane:
         return self.own_part(self.reduced)
 
     @property
+    def _is_ready(self) -> bool:
+        return self.state.state is GradState.READY
+
+    @property
     def _replicated(self) -> bool:
         """Stage 0 needs the whole reduced gradient, because every rank updates every parameter."""
         return not self.flat.plan.master.sharded
@@ -189,7 +193,7 @@ class GradPlane:
         Raises:
             RuntimeError: if nothing was reduced since the last step.
         """
-        if self.state.state is GradState.READY:
+        if self._is_ready:
             return
         if self.reduced is None or self.state.state is GradState.IDLE:
             raise RuntimeError(
@@ -222,12 +226,11 @@ class GradPlane:
             self.flat.add_part(local, self.own_part(self.reduced), self.flat.start, index)
         present = torch.tensor([float(self.state.state is not GradState.IDLE or self.has_local)], device=local.device)
         site = self.flat.site
-        for comm in (site.shard, site.replicate):
-            done = comm is None or (comm is site.replicate and self.state.state is GradState.READY)
-            if not done:
-                for each in (local, present):
-                    if each.numel():
-                        comm.all_reduce(each).wait()
+        unsummed = [site.shard] if site.replicate is None or self._is_ready else [site.shard, site.replicate]
+        for comm in unsummed:
+            comm.all_reduce(present).wait()
+            if slot.numel:
+                comm.all_reduce(local).wait()
         if not present.item():
             return None
         return local.mul_(self.factor()).view(slot.shape)
@@ -238,7 +241,7 @@ class GradPlane:
         self.flat.params[index].grad = None
         raw = value.to(self.reduced.device, torch.float32) / self.factor()
         site = self.flat.site
-        if site.replicate is not None and self.state.state is not GradState.READY:
+        if site.replicate is not None and not self._is_ready:
             raw = raw / site.replicate.world_size  # each replica holds its share of the sum
         start = 0 if self._replicated else self.flat.start
         self.flat.fill_plane(self.reduced, start, index, raw)

@@ -1,12 +1,13 @@
 """When gradients are reduced: as soon as a unit is complete, in one order that is the same on all ranks.
 
 [Note: one order of reductions] Collectives must be issued in the same order by every rank, but the order in which
-gradients become complete may differ between ranks (experts without tokens, branches that depend on data). So units are
-reduced along a fixed list, the reverse of the order in which they first ran. A unit that is complete early waits for its
-predecessors in the list; whatever is incomplete when backward ends is reduced then, and missing gradients count as zero.
+gradients become complete may differ between ranks (experts without tokens, branches that depend on data). So units
+are reduced along a fixed list, the reverse of the order in which they first ran on rank 0. A unit that is complete
+early waits for its predecessors in the list; whatever is incomplete when backward ends is reduced then, and missing
+gradients count as zero.
 
-A gradient that arrives after its unit was reduced (a tied weight inside a reentrant checkpoint) is reduced at the end of
-the same backward, and from then on that unit always waits for the end.
+A gradient that arrives after its unit was reduced (a tied weight inside a reentrant checkpoint) is reduced at the end
+of the same backward, and from then on that unit always waits for the end.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 

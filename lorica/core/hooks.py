@@ -19,7 +19,6 @@ checkpointing runs it without gradients).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -248,7 +247,6 @@ def tensors_in(tree: Any, depth: int = 0) -> Iterator[Tensor]:
     elif isinstance(tree, (list, tuple, set)):
         for value in tree:
             yield from tensors_in(value, depth + 1)
-    elif depth < 4 and not isinstance(tree, (str, bytes, nn.Module, type)):
-        if dataclasses.is_dataclass(tree) or hasattr(tree, "__dict__"):
-            for value in vars(tree).values():
-                yield from tensors_in(value, depth + 1)
+    elif depth < 4 and hasattr(tree, "__dict__") and not isinstance(tree, (nn.Module, type)):
+        for value in vars(tree).values():
+            yield from tensors_in(value, depth + 1)

@@ -18,7 +18,8 @@ def sum_of_squares(flat: Tensor) -> Tensor:
     Blocks of `ALIGN` are summed in float32, the blocks in float64: no error grows with the length.
     """
     blocks = torch.linalg.vector_norm(flat.view(-1, ALIGN), dim=1, dtype=torch.float32)
-    return blocks.double().square().sum()
+    total: Tensor = blocks.double().square().sum()
+    return total
 
 
 def global_norm(planes: Sequence[GradPlane], site: Site) -> Tensor:

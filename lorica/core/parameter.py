@@ -149,5 +149,5 @@ def hide(param: Tensor) -> None:
 def show(param: Tensor, values: Tensor) -> None:
     """Bind `param` to `values` (a view of its plane) and make it a plain Parameter again."""
     if type(param) is ShardedParameter:
-        param.__class__ = nn.Parameter
+        param.__class__ = nn.Parameter  # type: ignore[assignment]
     param.data = values

@@ -126,9 +126,9 @@ def _large_leaves(
     for module in model.modules():
         params = list(module.parameters(recurse=False))
         own = all(len(owners[id(p)]) == 1 for p in params)
-        if isinstance(module, LEAVES) and module is not model and module not in taken and own:
-            if sum(p.numel() for p in params) >= min_numel:
-                yield module
+        outside = isinstance(module, LEAVES) and module is not model and module not in taken
+        if outside and own and sum(p.numel() for p in params) >= min_numel:
+            yield module
 
 
 def _own_params(

@@ -1,9 +1,9 @@
 """The only place that makes CUDA streams and events. Owns no buffer: who launches work on a stream keeps its tensors.
 
-[Note: lifetimes] Collectives through `torch.distributed` run on NCCL's own stream, which waits for the current stream at
-launch; `handle.wait()` makes the current stream wait for them. A buffer that a collective uses is therefore safe to free
-on the current stream after `wait()`, and every transport keeps a reference until then. Copies between device and host
-run on the side streams made here ("d2h", "h2d"); an event recorded behind each copy is what its consumer waits for.
+[Note: lifetimes] Collectives through `torch.distributed` run on NCCL's own stream, which waits for the current stream
+at launch; `handle.wait()` makes the current stream wait for them. A buffer that a collective uses is therefore safe to
+free on the current stream after `wait()`, and every transport keeps a reference until then. Copies between device and
+host run on the side streams made here ("d2h", "h2d"); an event behind each copy is what its consumer waits for.
 """
 
 from __future__ import annotations

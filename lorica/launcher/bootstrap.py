@@ -78,13 +78,13 @@ def run_script(target: list[str]) -> None:
         _run_spec(importlib.machinery.PathFinder.find_spec("__main__", [path]), target[0])
         return
     _set_import_folder(os.path.dirname(os.path.realpath(path)))
+    names: dict[str, Any] = {"__file__": path, "__spec__": None, "__package__": None, "__cached__": None}
     if head == importlib.util.MAGIC_NUMBER:
         compiled = importlib.machinery.SourcelessFileLoader("__main__", path)
-        code, loader = compiled.get_code("__main__"), compiled
+        _run(compiled.get_code("__main__"), __loader__=compiled, **names)
     else:
         source = importlib.machinery.SourceFileLoader("__main__", path)
-        code, loader = source.source_to_code(source.get_data(path), path), source
-    _run(code, __file__=path, __loader__=loader, __spec__=None, __package__=None, __cached__=None)
+        _run(source.source_to_code(source.get_data(path), path), __loader__=source, **names)
 
 
 def run_module(target: list[str]) -> None:

@@ -1,7 +1,8 @@
 """Starts the ranks of a job, watches them and ends them. `job` says what is started, `verdict` who is to blame.
 
 One thread, one loop: it sleeps until a signal (a child's end among them) or a tenth of a second, then looks at exit
-codes and reports. Every rank leads a session of its own, so that a signal reaches what it has started as well.
+codes and reports. Every rank leads a session of its own: what it starts can be found and ended with it, and Ctrl-C
+reaches the launcher alone, which decides.
 """
 
 from __future__ import annotations
@@ -146,11 +147,13 @@ def watch(ranks: Sequence[Rank], inbox: SignalInbox, watcher: Watcher) -> tuple[
 def stop(
     job: Job, ranks: Sequence[Rank], polite: signal.Signals, grace: float, inbox: SignalInbox, watcher: Watcher
 ) -> None:
-    """End all ranks and everything that they started: politely, then, after `grace` or a second signal, by SIGKILL."""
+    """End all ranks and everything that they started: politely, then, after `grace` or a second signal, by SIGKILL.
+
+    Only the ranks are asked politely: one that saves its state at a signal may still need what it has started.
+    """
     for rank in ranks:
         if rank.ended is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(rank.process.pid, polite)
+            rank.process.send_signal(polite)
     deadline = time.monotonic() + grace
     while any(rank.ended is None for rank in ranks) and time.monotonic() < deadline:
         if inbox.wait(0.02):

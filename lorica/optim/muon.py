@@ -22,7 +22,6 @@ from lorica.optim.base import (
     PlaneLayout,
     PlaneSlot,
     Segment,
-    Slice,
     require_betas,
     require_layout,
     require_range,
@@ -132,33 +131,23 @@ class Muon(FlatOptimizerBase):
         layout = require_layout("Muon", segments, layout)
         matrices = {slot.name: slot for slot in layout.slots if slot.name in self._matrices}
         muon_segments = [segment for segment in segments if segment.group["use_muon"]]
+        _require_seen(muon_segments, matrices)
         for segment in segments:
             if not segment.group["use_muon"]:
                 run_in_tiles(segment, coef, partial(adam_tile, step=step, decoupled=True))
-        if matrices:
-            plane = self._gather_momentum(segments[0], muon_segments, coef, comm, layout, matrices)
-            for segment in muon_segments:
-                _apply(segment, plane, matrices)
-
-    def _gather_momentum(
-        self,
-        any_segment: Segment,
-        segments: Sequence[Segment],
-        coef: Tensor | float,
-        comm: PlaneCollectives | None,
-        layout: PlaneLayout,
-        matrices: Mapping[str, PlaneSlot],
-    ) -> Tensor:
-        """(1) and (2): the momentum of the whole plane; bf16 where the iteration is bf16 anyway, else fp32."""
-        master = any_segment.master
-        half = compute_dtype(str(self.defaults["ns_method"]), master.device) is torch.bfloat16
-        plane = torch.zeros(layout.numel, dtype=torch.bfloat16 if half else master.dtype, device=master.device)
-        for segment in segments:
+        if not matrices:
+            return
+        plane = self._momentum_plane(layout.numel, segments[0].master)
+        for segment in muon_segments:
             _write_momentum(segment, coef, plane, matrices)
-        if comm is not None and comm.world_size > 1:
-            numel = layout.numel // comm.world_size
-            comm.all_gather(plane[comm.rank * numel : (comm.rank + 1) * numel], plane).wait()
-        return plane
+        _gather(plane, comm)
+        for segment in muon_segments:
+            _apply(segment, plane, matrices)
+
+    def _momentum_plane(self, numel: int, master: Tensor) -> Tensor:
+        """Zeros for a whole plane's momentum; bf16 where the iteration is bf16 anyway."""
+        half = compute_dtype(str(self.defaults["ns_method"]), master.device) is torch.bfloat16
+        return torch.zeros(numel, dtype=torch.bfloat16 if half else master.dtype, device=master.device)
 
 
 def muon_momentum(grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool) -> Tensor:
@@ -192,8 +181,8 @@ def _write_momentum(segment: Segment, coef: Tensor | float, plane: Tensor, matri
     """(1) Update this segment's momentum and write what is to be orthogonalised at its place in the plane."""
     if not segment.slices:
         return
-    position = _plane_position(segment.slices[0], matrices) - segment.slices[0].start
-    group = segment.group
+    first, group = segment.slices[0], segment.group
+    position = matrices[first.name].start + first.offset - first.start
     for tile, _ in tiles(segment, coef):
         numel = tile.master.numel()
         update = muon_momentum(
@@ -220,10 +209,17 @@ def _apply(segment: Segment, plane: Tensor, matrices: Mapping[str, PlaneSlot]) -
         segment.out.copy_(segment.master)
 
 
-def _plane_position(part: Slice, matrices: Mapping[str, PlaneSlot]) -> int:
-    if part.name not in matrices:
+def _gather(plane: Tensor, comm: PlaneCollectives | None) -> None:
+    """(2) Fill the plane with the other ranks' parts."""
+    if comm is not None and comm.world_size > 1:
+        numel = plane.numel() // comm.world_size
+        comm.all_gather(plane[comm.rank * numel : (comm.rank + 1) * numel], plane).wait()
+
+
+def _require_seen(segments: Sequence[Segment], matrices: Mapping[str, PlaneSlot]) -> None:
+    unseen = [part.name for segment in segments for part in segment.slices if part.name not in matrices]
+    if unseen:
         raise RuntimeError(
             f"Muon: expected only parameters that param_groups() saw ({len(matrices)} matrices in this plane), got "
-            f"{part.name!r}. Fix: build the groups with Muon.param_groups, with the names that the planes use."
+            f"{unseen[0]!r}. Fix: build the groups with Muon.param_groups, with the names that the planes use."
         )
-    return matrices[part.name].start + part.offset
