@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -90,16 +89,20 @@ class Mesh(NamedTuple):
         """Return the ranks, ascending, that differ from `rank` along `axes` only."""
         names = _expand(axes)
         position = self.coordinate(rank)
-        return tuple(self._ranks({axis.name: position[axis.name] for axis in self.axes if axis.name not in names}))
+        first = self.rank_at(**{name: index for name, index in position.items() if name not in names})
+        return tuple(first + step for step in self._steps(names))
 
     def groups(self, *axes: str) -> tuple[tuple[int, ...], ...]:
         """Return all groups over `axes`; every rank is in exactly one. Ascending by first rank."""
-        return tuple(sorted({self.group_of(rank, *axes) for rank in range(self.world_size)}))
+        names = _expand(axes)
+        steps = self._steps(names)
+        return tuple(tuple(first + step for step in steps) for first in self._steps(frozenset(AXES) - names))
 
-    def _ranks(self, fixed: dict[str, int]) -> Iterator[int]:
-        ranges = [[fixed[axis.name]] if axis.name in fixed else range(axis.size) for axis in self.axes]
-        for indices in product(*ranges):
-            yield self.rank_at(**dict(zip((axis.name for axis in self.axes), indices, strict=True)))
+    def _steps(self, names: frozenset[str]) -> list[int]:
+        """Return the ranks that are at 0 on all axes but `names`, ascending."""
+        ranges = [range(axis.size if axis.name in names else 1) for axis in self.axes]
+        strides = [prod(axis.size for axis in self.axes[i + 1 :]) for i in range(len(self.axes))]
+        return [sum(i * stride for i, stride in zip(indices, strides, strict=True)) for indices in product(*ranges)]
 
     def _require_rank(self, rank: int) -> None:
         if not 0 <= rank < self.world_size:

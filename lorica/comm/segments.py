@@ -1,12 +1,11 @@
 """Anonymous memory that several processes map: made by memfd, passed by file descriptor, gone with its last mapping.
 
 No file in /dev/shm and no name: a rank that is killed leaves nothing behind. A segment lives as long as a tensor on it
-does, so nothing here unmaps explicitly: `mmap.close()` under a live tensor would be a use after free.
+does. The mapping is torch's: Python's own `mmap` keeps a file descriptor open for each, and a model has hundreds.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import weakref
 from bisect import bisect_right
@@ -38,15 +37,16 @@ class OwnSegments:
         """Map new zero-filled memory; return its number, its file descriptor (close it) and the uint8 tensor on it."""
         fd = os.memfd_create("lorica", os.MFD_CLOEXEC)
         os.ftruncate(fd, num_bytes)
-        mapping = mmap.mmap(fd, num_bytes)
-        memory = torch.frombuffer(mapping, dtype=torch.uint8)
+        memory = _map(fd, num_bytes)
         self._strike_out()  # the address may have belonged to a segment that is gone
         segment = self._num_made
         self._num_made += 1
         address = memory.data_ptr()
-        self._starts.insert(bisect_right(self._starts, address), address)
+        if address not in self._extents:
+            self._starts.insert(bisect_right(self._starts, address), address)
         self._extents[address] = (segment, num_bytes)
-        weakref.finalize(mapping, self._released.append, (address, segment)).atexit = False
+        # A view keeps the storage alive, and with it torch keeps its Python object: the finaliser runs at the very end.
+        weakref.finalize(memory.untyped_storage(), self._released.append, (address, segment)).atexit = False
         return segment, fd, memory
 
     def locate(self, x: Tensor) -> Place | None:
@@ -69,20 +69,24 @@ class OwnSegments:
     def _strike_out(self) -> None:
         while self._released:
             address, segment = self._released.popleft()
-            self._starts.remove(address)
-            del self._extents[address]
             self._gone.append(segment)
+            if self._extents[address][0] == segment:  # else the address has a new owner already
+                self._starts.remove(address)
+                del self._extents[address]
 
 
 def attach(fd: int, num_bytes: int) -> Tensor:
     """Map a peer's segment, close its file descriptor, and return the uint8 tensor on it."""
     try:
-        mapping = mmap.mmap(fd, num_bytes)
+        return _map(fd, num_bytes)
     finally:
         os.close(fd)
-    return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 def view_at(memory: Tensor, offset_bytes: int, numel: int, dtype: torch.dtype) -> Tensor:
     """Return [numel] of `dtype` that begins `offset_bytes` into `memory`."""
     return memory[offset_bytes : offset_bytes + numel * dtype.itemsize].view(dtype)
+
+
+def _map(fd: int, num_bytes: int) -> Tensor:
+    return torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=num_bytes, dtype=torch.uint8)

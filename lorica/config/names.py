@@ -32,9 +32,10 @@ _TYPO = 2
 
 
 class Entry(NamedTuple):
-    """A key of the schema: where it stands, how it is declared, its block model (None for a leaf)."""
+    """A key of the schema: its place, the model it belongs to, its declaration, its own model if it is a block."""
 
     path: Path
+    owner: type[Block]
     declared: FieldInfo
     info: KeyInfo
     block: type[Block] | None
@@ -70,7 +71,7 @@ def advice_on_unknown(written: str, path: Path, model: type[Block]) -> Advice:
     """What was probably meant by a key that the block at `path` does not have."""
     block = ".".join(path) or "the top level"
     near = nearest(written, names_of(model))
-    if near is not None and distance(written, near) <= 1:
+    if near is not None and distance(written, near, 1) <= 1:
         return Advice(f"unknown key of {block}", f'write "{near}"', names_of(model)[near])
     places = known_places().get(written, ())
     if 0 < len(places) <= _FEW_PLACES:
@@ -115,7 +116,7 @@ def entries(model: type[Block], path: Path = (), outer: KeyInfo | None = None) -
         if outer is not None and outer.status is not Status.SUPPORTED and info.status is Status.SUPPORTED:
             info = replace(info, status=outer.status, part_of=path[-1])
         inner = block_of(declared.annotation)
-        yield Entry((*path, name), declared, info, inner)
+        yield Entry((*path, name), model, declared, info, inner)
         if inner is not None:
             yield from entries(inner, (*path, name), info)
 

@@ -94,7 +94,9 @@ class _Walker:
             elif not written.startswith(COMMENT_PREFIXES):
                 self.member(model, written, value, path, values)
         for name, declared in model.model_fields.items():
-            if declared.is_required() and name not in values and (".".join((*path, name)) not in self.reading.given):
+            dotted = ".".join((*path, name))
+            seen = dotted in self.reading.given or dotted in self.reading.uncertain
+            if declared.is_required() and not seen:
                 expected = expectation(declared, info_of(declared))
                 self.reading.problem((*path, name), MISSING, f"is required: expected {expected}", f"add {name}")
         return values
@@ -176,9 +178,9 @@ class _Walker:
         if model in (Optimizer, Scheduler):
             self.typed_params(model, inner, path)
         if info.status is Status.NOT_YET:
-            if value:
-                self.refuse(path, value, info.note)
-            return
+            if not value:
+                return
+            self.refuse(path, value, info.note)
         values[path[-1]] = inner
         if info.status is Status.NO_EFFECT and inner:
             changed = {name: item for name, item in inner.items() if item != model.model_fields[name].get_default()}

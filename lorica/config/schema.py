@@ -258,6 +258,7 @@ class Config(FeatureKeys, MonitoringKeys, ZeroKeys, OptimizationKeys, PrecisionK
 
 _MAX_LR = "scheduler.params.warmup_max_lr"
 _ONLY_USER_KNOWS = (
+    "zero_optimization.stage",
     "optimizer.params.lr",
     "scheduler.params.total_num_steps",
     "scheduler.params.warmup_num_steps",

@@ -8,8 +8,8 @@ _TYPO = 2
 _STEM = 4
 
 
-def distance(left: str, right: str) -> int:
-    """Edits (insert, delete, replace, swap of neighbours) between two strings.
+def distance(left: str, right: str, limit: int) -> int:
+    """Edits (insert, delete, replace, swap of neighbours) between two strings; `limit` + 1 if there are more.
 
     Source: optimal string alignment, the restricted form of Damerau 1964.
     """
@@ -22,8 +22,10 @@ def distance(left: str, right: str) -> int:
             if i > 1 and j > 1 and a == right[j - 2] and left[i - 2] == b:
                 cost = min(cost, before[j - 2] + 1)
             row.append(cost)
+        if min(row) > limit and min(above) > limit:
+            return limit + 1
         before, above = above, row
-    return above[-1]
+    return min(above[-1], limit + 1)
 
 
 def nearest(name: str, candidates: Collection[str], within: int | None = None) -> str | None:
@@ -33,14 +35,16 @@ def nearest(name: str, candidates: Collection[str], within: int | None = None) -
     the difference between `-`, space and `_` count little. Failing that, the only candidate that contains `name`.
     """
     allowed = max(_TYPO, len(name) // 3) if within is None else within
+    allowed = min(allowed, max(1, len(name) - 1))
     folded = _fold(name)
-    scored = sorted(
-        (distance(folded, _fold(candidate)), distance(name, candidate), candidate)
+    scored = [
+        (edits, distance(name, candidate, len(name)), candidate)
         for candidate in candidates
-        if abs(len(candidate) - len(name)) <= allowed + 1
-    )
-    if scored and scored[0][0] <= min(allowed, max(1, len(name) - 1)):
-        return scored[0][2]
+        if abs(len(candidate) - len(name)) <= allowed
+        and (edits := distance(folded, _fold(candidate), allowed)) <= allowed
+    ]
+    if scored:
+        return min(scored)[2]
     longer = [candidate for candidate in candidates if len(name) >= _STEM and folded in _fold(candidate)]
     return longer[0] if len(longer) == 1 else None
 

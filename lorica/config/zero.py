@@ -130,7 +130,7 @@ class ZeroOptimization(Block):
         True, "Restore the master from fp32 weights.", "the master is always restored in fp32"
     )
     elastic_checkpoint: bool = no_effect(
-        False, "Let a checkpoint be loaded by another number of ranks.", "every checkpoint can"
+        False, "Let a checkpoint be loaded by another number of ranks.", "every checkpoint can be, without this key"
     )
     ignore_unused_parameters: bool = key(
         True, "Accept parameters that took no part in the loss (zero gradient); false: raise, naming them."

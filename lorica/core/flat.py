@@ -200,7 +200,7 @@ class Flat:
         part = self._part(index, start, start + plane.numel())
         if part is not None:
             whole[part.begin : part.end].copy_(plane[part.offset : part.offset + part.end - part.begin])
-        if plane.numel() < self.layout.numel:
+        if plane.numel() < self.layout.numel and slot.numel:
             self.comm.all_reduce(whole).wait()
         return whole.view(slot.shape)
 
@@ -263,9 +263,9 @@ class Flat:
 
 
 def hide_all(params: Sequence[nn.Parameter], views: Sequence[Tensor]) -> None:
-    """Take the values away from `params` (`views` is not touched)."""
-    for param in params:
-        hide(param)
+    """Take the values away from `params`; each keeps the description of its view."""
+    for param, view in zip(params, views, strict=True):
+        hide(param, view)
 
 
 def show_all(params: Sequence[nn.Parameter], views: Sequence[Tensor]) -> None:

@@ -134,14 +134,18 @@ def _no_values(param: Tensor, what: str) -> RuntimeError:
 _HOLES: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
-def hide(param: Tensor) -> None:
-    """Bind `param` to its NaN and make it a `ShardedParameter` (a custom subclass of Parameter keeps its class)."""
-    key = (param.dtype, param.device)
+def hide(param: Tensor, values: Tensor) -> None:
+    """Bind `param` to a NaN like `values` and make it a `ShardedParameter` (a subclass of Parameter keeps its class).
+
+    Args:
+        values: has the shape, dtype and device that `param` will have; need not have memory.
+    """
+    key = (values.dtype, values.device)
     hole = _HOLES.get(key)
     if hole is None:
-        fill = float("nan") if param.dtype.is_floating_point else 0
-        hole = _HOLES[key] = torch.full((1,), fill, dtype=param.dtype, device=param.device)
-    param.data = hole.expand(param.shape)
+        fill = float("nan") if values.dtype.is_floating_point else 0
+        hole = _HOLES[key] = torch.full((1,), fill, dtype=values.dtype, device=values.device)
+    param.data = hole.expand(values.shape)
     if type(param) is nn.Parameter:
         param.__class__ = ShardedParameter
 

@@ -65,7 +65,8 @@ def partition(model: nn.Module, cut: Cut) -> list[UnitSpec]:
         params = _own_params(group, names, owners, placed)
         if params:
             placed.update(map(id, params.values()))
-            specs.append(UnitSpec(_span([names[m] for m in group]), tuple(group), params))
+            called = [module for block in group for module in _callable(block)]
+            specs.append(UnitSpec(_span([names[m] for m in group]), tuple(called), params))
     rest = {name: p for name, p in model.named_parameters() if id(p) not in placed}
     return [*specs, UnitSpec("root", _root_modules(model, rest, owners), rest, is_root=True)]
 
@@ -153,6 +154,18 @@ def _root_modules(
     """The model itself, and every module that uses a root parameter (it may be called without the model's forward)."""
     users = {id(owner): owner for param in rest.values() for owner in owners[id(param)] if owner is not model}
     return (model, *users.values())
+
+
+def _callable(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose calls surround the use of `block`: itself, or what is in it if it is a mere list.
+
+    A list of experts is one unit: ranks that choose different experts still gather the same planes.
+    """
+    if isinstance(block, (nn.ModuleList, nn.ModuleDict)):
+        for child in block.children():
+            yield from _callable(child)
+    else:
+        yield block
 
 
 def _span(names: Sequence[str]) -> str:

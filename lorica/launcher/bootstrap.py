@@ -22,7 +22,8 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 
-# A rank that only saw another one vanish is not the culprit. These are the words of torch's transports for it.
+# A rank that only saw another one vanish is not the culprit. These are the words that transports have for it, and a
+# word that tells a transport's error from that of a connection of the script's own. Firmer is `error.lost_peer = True`.
 PEER_LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -33,8 +34,11 @@ PEER_LOST = (
     "ncclRemoteError",
     "Connection refused",
     "Socket closed",
+    "socket closed without a goodbye",
+    "has closed its transport",
+    "gave up:",
 )
-PEER_LOST_SOURCES = ("gloo", "nccl", "c10d", "tcpstore", "torch.distributed")
+PEER_LOST_SOURCES = ("gloo", "nccl", "c10d", "tcpstore", "torch.distributed", "shm", "(pid ", "transport")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ session of a rank that the launcher still holds. Standard library only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -65,19 +66,21 @@ def _belongs(pid: int, job_id: str, leaders: set[int]) -> bool:
 
 
 def _kill(pid: int, job_id: str, leaders: set[int]) -> None:
-    """Kill `pid` by a descriptor, asking again first: the number may be somebody else's by now."""
-    if not hasattr(os, "pidfd_open"):
-        return
+    """Kill `pid`, by a descriptor where the kernel has them, asking again first: it may be somebody else's by now."""
     try:
-        descriptor = os.pidfd_open(pid)
-    except OSError:
-        return
-    try:
-        if _belongs(pid, job_id, leaders):
+        descriptor = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            return
+        descriptor = None
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if not _belongs(pid, job_id, leaders):
+            pass
+        elif descriptor is None:
+            os.kill(pid, signal.SIGKILL)
+        else:
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    finally:
+    if descriptor is not None:
         os.close(descriptor)
 
 

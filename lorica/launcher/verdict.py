@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SHOWN_CHARS = 400
+SHOWN_CHARS = 240
 LOG_LINES = 20
 
 

@@ -1,0 +1,26 @@
+"""The fixture `ranks`: worker processes shared by the whole test session, one group per world size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.harness import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """`ranks(2).run(call, key=value)` runs `call` on two processes; they are started by the first call only."""
+    torch.set_num_threads(1)
+    groups: dict[int, Ranks] = {}
+
+    def of(world_size: int) -> Ranks:
+        if world_size not in groups:
+            groups[world_size] = Ranks(world_size)
+        return groups[world_size]
+
+    yield of
+    for group in groups.values():
+        group.close()
