@@ -198,7 +198,12 @@ def _build(
     release_init_planes(model)
     _mark_for_deepspeed(config, units)
     zero = config.zero_optimization
-    reducer = Reducer(units, lambda order: _agree(order, site), overlap=zero.overlap_comm)
+    reducer = Reducer(
+        units,
+        lambda order: _agree(order, site),
+        overlap=zero.overlap_comm,
+        require_all=not zero.ignore_unused_parameters,
+    )
     update = SyncUpdate(chosen.flat, reducer.planes, chosen.groups, site) if chosen is not None else None
     engine = Engine(
         Parts(
@@ -208,9 +213,7 @@ def _build(
             units=units,
             reducer=reducer,
             prefetcher=Prefetcher(
-                ahead_numel=zero.stage3_prefetch_bucket_size
-                if zero.stage3_prefetch_bucket_size is not None
-                else 50_000_000,
+                ahead_numel=_or_default(zero.stage3_prefetch_bucket_size, 50_000_000),
                 max_live_numel=zero.stage3_max_live_parameters,
             ),
             loss_scale=make_loss_scale(config),
@@ -232,9 +235,10 @@ def _log_start(config: Config, site: Site) -> None:
     if _rank() == 0:
         for warning in config.warnings:
             logger.warning(warning)
-        logger.info(
-            "%s | %d ranks over %s on %s", config.summary_line(), site.num_replicas, site.shard.name, site.device
-        )
+        where = f"{site.num_replicas} ranks over {site.shard.name} on {site.device}"
+        logger.info("%s | %s", config.summary_line(), where)
+        if config.dump_state:
+            logger.info("effective configuration: %s", config.model_dump_json(indent=2))
 
 
 def _choose_optimizer(config: Config, model: nn.Module, optimizer: Any, parameters: Any) -> Chosen | None:
@@ -243,13 +247,17 @@ def _choose_optimizer(config: Config, model: nn.Module, optimizer: Any, paramete
         optimizer = optimizer(groups)
     if optimizer is not None:
         flat = from_client(optimizer)
+        flat.param_groups(optimizer.param_groups, _names(model))
         return Chosen(flat, optimizer.param_groups, optimizer)
     if config.optimizer is None:
         return None
     params = {key: value for key, value in config.optimizer.params.items() if value is not None}
     flat = from_config(config.optimizer.type, params)
-    names: dict[torch.Tensor, str] = {param: name for name, param in model.named_parameters()}
-    return Chosen(flat, flat.param_groups(groups, names), None)
+    return Chosen(flat, flat.param_groups(groups, _names(model)), None)
+
+
+def _names(model: nn.Module) -> dict[torch.Tensor, str]:
+    return {param: name for name, param in model.named_parameters()}
 
 
 def _param_groups(model: nn.Module, parameters: Any) -> list[dict[str, Any]]:

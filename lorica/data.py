@@ -39,8 +39,8 @@ def make_loader(
 ) -> DataLoader[Any]:
     """A loader of one rank's share of `dataset`; its length is the number of micro-batches on this rank.
 
-    Every rank gets the same number of samples: where they do not divide evenly, some are read twice. Every pass over the
-    loader is another epoch, in another order; `loader.sampler.set_epoch(n)` goes to a certain one.
+    Every rank gets the same number of samples: where they do not divide evenly, some are read twice. Every pass over
+    the loader is another epoch, in another order; `loader.sampler.set_epoch(n)` goes to a certain one.
 
     Args:
         dataset: a map-style dataset (`__getitem__` and `__len__`), or a torch `IterableDataset`. The latter is not cut

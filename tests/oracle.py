@@ -23,7 +23,10 @@ Batch = tuple[Tensor, ...]
 
 @dataclass
 class LossScale:
-    """A static factor, or one that halves after `hysteresis` overflows and doubles after `window` steps without one."""
+    """A static factor, or a dynamic one: it halves after `hysteresis` overflows and grows after good steps in a row.
+
+    As in DeepSpeed the first good step after an overflow (or the start) does not count for `window`.
+    """
 
     value: float = 1.0
     dynamic: bool = False
@@ -44,7 +47,7 @@ class LossScale:
                 self.tolerance -= 1
             else:
                 self.value = max(self.value / 2, self.minimum)
-        elif self.dynamic and (self.step - self.last_overflow) % self.window == 0:
+        elif self.dynamic and (num_good := self.step - self.last_overflow - 1) > 0 and num_good % self.window == 0:
             self.tolerance = self.hysteresis
             self.value *= 2
         self.step += 1

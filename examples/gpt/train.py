@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=int, default=8192, help="tokens that the BPE learns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for results and tokenised text")
-    parser.add_argument("--name", help="folder of this run below --runs (default: size and stage)")
+    parser.add_argument("--name", help="what to call this run (default: gpt-SIZE); its folder is RUNS/NAME-zeroSTAGE")
     parser.add_argument("--sample_tokens", type=int, default=64, help="tokens to generate after each prompt")
     arguments = lorica.add_config_arguments(parser).parse_args()
     if arguments.steps is not None and arguments.steps < 1:
@@ -167,19 +167,14 @@ def samples(run: Run, num_tokens: int) -> list[tuple[str, str]]:
     return [(decode(row[:PROMPT_TOKENS]), decode(row[PROMPT_TOKENS:])) for row in both.tolist()]
 
 
-def next_command(arguments: argparse.Namespace, world_size: int, stage: int) -> str:
-    """The command line that trains the same model under the next ZeRO stage."""
+def next_command(config: str, world_size: int, stage: int) -> str:
+    """The command line of this run, with the configuration of the next ZeRO stage."""
     beside = Path(sys.executable).with_name("lorica")
     program = [os.path.relpath(beside)] if beside.exists() else [Path(sys.executable).name, "-m", "lorica"]
     here = Path(os.path.relpath(Path(__file__).parent))
-    config = here / f"ds_config_zero{(stage + 1) % 4}.json"
-    words = [*program, f"--num_gpus={world_size}", here / "train.py", "--deepspeed", "--deepspeed_config", config]
-    for name in ("size", "seq_len", "steps" if arguments.steps else "minutes", "data_path", "vocab_size"):
-        if getattr(arguments, name) is not None:
-            words += [f"--{name}", getattr(arguments, name)]
-    if arguments.activation_checkpointing:
-        words.append("--activation_checkpointing")
-    return shlex.join(str(word) for word in words)
+    other = str(here / f"ds_config_zero{(stage + 1) % 4}.json")
+    options = [word.replace(config, other) for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    return shlex.join([*program, f"--num_gpus={world_size}", str(here / "train.py"), *options])
 
 
 def show_results(console: Console, run: Run, curve: Curve, folder: Path, title: str, command: str) -> None:
@@ -237,9 +232,10 @@ def main() -> None:
         curve = train(run, budget, display)
     texts = samples(run, arguments.sample_tokens)
     if is_first:
-        folder = arguments.runs / (arguments.name or f"gpt-{arguments.size}-zero{stage}")
+        folder = arguments.runs / f"{arguments.name or 'gpt-' + arguments.size}-zero{stage}"
+        command = next_command(arguments.deepspeed_config, engine.world_size, stage)
         show_samples(display.console, texts)
-        show_results(display.console, run, curve, folder, title, next_command(arguments, engine.world_size, stage))
+        show_results(display.console, run, curve, folder, title, command)
     engine.destroy()
 
 

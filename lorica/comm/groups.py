@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -319,9 +321,16 @@ def _device_identity(device: torch.device) -> str:
 
 
 def _host_identity() -> str:
-    """Name the running kernel and the network namespace: abstract unix sockets reach just as far."""
-    if sys.platform != "linux":
-        return f"{os.uname().nodename}" if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        boot_id = file.read().strip()
-    return f"{boot_id} {os.readlink('/proc/self/ns/net')}"
+    """Name the host, the running kernel and the network namespace: abstract unix sockets reach just as far.
+
+    A sandbox may hide the last two; then the host's name decides.
+    """
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    namespace = Path("/proc/self/ns/net")
+    return " ".join(
+        [
+            platform.node(),
+            boot_id.read_text(encoding="ascii").strip() if boot_id.exists() else "",
+            os.readlink(namespace) if namespace.is_symlink() else "",
+        ]
+    )

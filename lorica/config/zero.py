@@ -111,9 +111,10 @@ class ZeroOptimization(Block):
     allgather_partitions: bool = no_effect(
         True, "All-gather updated parameters instead of broadcasting them.", "parameters are always all-gathered"
     )
-    allgather_bucket_size: int | None = key(
+    allgather_bucket_size: int | None = no_effect(
         500_000_000,
         "Elements gathered by one collective after the step, at most (stages 1, 2).",
+        "the parameters of a unit are gathered in place by one collective",
         form=Form.SIZE,
         bounds=_POSITIVE,
     )
@@ -136,8 +137,12 @@ class ZeroOptimization(Block):
         True, "Accept parameters that took no part in the loss (zero gradient); false: raise, naming them."
     )
     legacy_stage1: bool = not_yet(False, "Old implementation of stage 1.", 'remove it and keep "stage": 1')
-    sub_group_size: int = key(
-        1_000_000_000, "Elements that the optimizer updates at a time.", form=Form.SIZE, bounds=_POSITIVE
+    sub_group_size: int = no_effect(
+        1_000_000_000,
+        "Elements that the optimizer updates at a time.",
+        "the optimizer works unit by unit, in tiles that fit the cache",
+        form=Form.SIZE,
+        bounds=_POSITIVE,
     )
     offload_param: OffloadParam = block(OffloadParam, "Where parameters live between their uses (stage 3).")
     offload_optimizer: OffloadOptimizer = block(
@@ -280,9 +285,11 @@ class ZeroKeys(Block):
 
     zero_optimization: ZeroOptimization = block(ZeroOptimization, "Sharding and offloading.")
     aio: AIO = block(AIO, "File I/O of the NVMe tier.", status=Status.NO_EFFECT, note="the NVMe tier is not there yet")
-    zero_allow_untested_optimizer: bool = key(
-        False, "Accept any client optimizer under ZeRO. Lorica always accepts element-wise ones."
+    zero_allow_untested_optimizer: bool = no_effect(
+        False, "Accept any client optimizer under ZeRO.", "every element-wise optimizer is accepted"
     )
-    zero_force_ds_cpu_optimizer: bool = key(
-        True, "Refuse a client optimizer under offload_optimizer that is not a CPU optimizer of DeepSpeed's."
+    zero_force_ds_cpu_optimizer: bool = no_effect(
+        True,
+        "Refuse a client optimizer under offload_optimizer that is not a CPU optimizer of DeepSpeed's.",
+        "every optimizer runs on the host tier",
     )

@@ -84,6 +84,13 @@ class GradPlane:
             if param.grad is not None:
                 plane[slot.start : slot.stop].view(slot.shape).add_(_dense(param.grad))
 
+    def missing(self) -> list[str]:
+        """Names of parameters for which this rank has no gradient."""
+        if self._local is not None:
+            return []
+        slots = self.flat.layout.slots
+        return [slot.name for slot, p in zip(slots, self.flat.params, strict=True) if p.grad is None and slot.numel]
+
     # -- reduction -----------------------------------------------------------------------------------------------------
 
     def launch(self) -> None:

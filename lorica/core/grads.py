@@ -28,14 +28,24 @@ MAX_UNITS_IN_FLIGHT = 2
 class Reducer:
     """Turns arriving gradients into reductions."""
 
-    def __init__(self, units: Sequence[Unit], agree: Callable[[list[int]], list[int]], *, overlap: bool) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        agree: Callable[[list[int]], list[int]],
+        *,
+        overlap: bool,
+        require_all: bool = False,
+    ) -> None:
         """Watch the trainable parameters of `units`.
 
         Args:
             agree: returns rank 0's list of integers on every rank (used once, for the order).
             overlap: leave reductions in flight while backward goes on.
+            require_all: a parameter without a gradient is an error instead of a zero.
         """
         self._units, self._agree, self._overlap = list(units), agree, overlap
+        self._require_all = require_all
+        self._missing: list[str] = []
         self._received: dict[Unit, int] = {}
         self._sequence: list[Unit] = []
         self._launched = 0
@@ -95,6 +105,8 @@ class Reducer:
 
     def _launch(self, unit: Unit) -> None:
         for grad in unit.grads:
+            if self._require_all:
+                self._missing += grad.missing()
             grad.launch()
             self._in_flight.append(grad)
         limit = MAX_UNITS_IN_FLIGHT if self._overlap else 0
@@ -115,6 +127,15 @@ class Reducer:
                 grad.stash()
         for unit in self._units:
             unit.visited = False
+        self._refuse_missing()
+
+    def _refuse_missing(self) -> None:
+        missing, self._missing = self._missing, []
+        if missing:
+            raise RuntimeError(
+                f"engine.backward: expected a gradient of every parameter, got none of {', '.join(missing)}. Fix: use "
+                "them in the loss, freeze them, or set zero_optimization.ignore_unused_parameters to true."
+            )
 
     def settle(self) -> None:
         """Before an optimizer step: reduce what backward passes left on this rank, and complete every plane.

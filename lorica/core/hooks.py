@@ -163,8 +163,9 @@ class Hooks:
         return 2 * self._prefetcher.remaining_numel(unit) <= self._max_reuse
 
     def _end_forward(self, root: Unit) -> None:
+        for unit in set(self._lingering):
+            self._free_after_forward(unit)
         keep = self._kept | {root, *root.externals} if torch.is_grad_enabled() else set()
-        self._lingering.clear()
         self._kept.clear()
         self._prefetcher.release_all(keep=keep)
 

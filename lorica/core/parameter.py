@@ -144,7 +144,7 @@ def hide(param: Tensor, values: Tensor) -> None:
     hole = _HOLES.get(key)
     if hole is None:
         fill = float("nan") if values.dtype.is_floating_point else 0
-        hole = _HOLES[key] = torch.full((1,), fill, dtype=values.dtype, device=values.device)
+        hole = _HOLES[key] = torch.full((), fill, dtype=values.dtype, device=values.device)
     param.data = hole.expand(values.shape)
     if type(param) is nn.Parameter:
         param.__class__ = ShardedParameter

@@ -81,7 +81,7 @@ def supervise(job: Job, *, grace: float) -> int:
             reaper.end_processes(job.job_id, [rank.process.pid for rank in ranks if rank.ended is None])
             raise
     if stop_signal is not None:
-        logger.error("stopped by %s: %d ranks ended", signal_name(stop_signal), len(running))
+        logger.error("stopped by %s, ranks ended: %d", signal_name(stop_signal), len(running))
         return 128 + stop_signal
     first = culprit(failures)
     print(

@@ -14,20 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lorica.comm import Collectives, make_collectives, shared_memory
+from lorica.comm import Collectives, make_collectives, reduction, shared_memory
 from tests import harness
 from tests.harness import RankFailure, Ranks
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHERS = (torch.int8, torch.uint8, torch.int64, torch.bool)
-N = 70_001  # more than one tile of the reduction, and no round number
+N = 70_001  # several tiles of the reduction, and no round number
 
 CASES = pytest.mark.parametrize(("world_size", "transport"), list(product((2, 4), ("gloo", "shm"))))
 
 
 def open_world(transport: str, timeout_s: float | None = None) -> Collectives:
     """Collectives over all ranks of the case."""
-    shared_memory.BOUNCE_BYTES = 1 << 18  # so that tensors of a quarter of a MiB need several rounds
+    shared_memory.BOUNCE_BYTES = 1 << 18  # so that small tensors need several rounds
+    reduction.TILE_NUMEL = 1 << 14  # and several tiles
     timeout = timedelta(seconds=timeout_s) if timeout_s is not None else None
     return make_collectives(range(dist.get_world_size()), "cpu", transport=transport, timeout=timeout)
 

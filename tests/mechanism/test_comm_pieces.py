@@ -16,19 +16,21 @@ from lorica.comm import find_place, init_distributed, make_collectives
 from lorica.comm.environment import first_host
 from lorica.comm.groups import Member, choose_transport
 from lorica.comm.links import Kind, Links, Listener, Message
-from lorica.comm.reduction import SMALL_BYTES, cut_all_reduce, sum_into
+from lorica.comm.reduction import SMALL_BYTES, TILE_NUMEL, cut_all_reduce, sum_into
 from lorica.comm.slots import Slot, SlotPool
 from lorica.comm.solo import Solo
 from tests.mechanism.test_comm import FLOATS, reference_sum, values
 
 # -- sums ------------------------------------------------------------------------------------------------------------
 
+EVERYONE = {dtype: [values(r, TILE_NUMEL + 1, dtype) for r in range(5)] for dtype in FLOATS}
+
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
 def test_sum_into_is_the_reference_formula_for_all_dtypes(num_ranks: int) -> None:
-    for dtype, out_dtype, accumulate, numel in product(FLOATS, FLOATS, (False, True), (1, 65_536, 65_537)):
-        contributions = [values(r, numel, dtype) for r in range(num_ranks)]
-        out = values(9, numel, out_dtype)
+    for dtype, out_dtype, accumulate, numel in product(FLOATS, FLOATS, (False, True), (1, TILE_NUMEL, TILE_NUMEL + 1)):
+        contributions = [EVERYONE[dtype][r][:numel] for r in range(num_ranks)]
+        out = values(9, 4096, out_dtype).repeat(40)[:numel]
         expected = reference_sum(contributions, out, accumulate)
         sum_into(contributions, out, accumulate=accumulate)
         assert torch.equal(out, expected), (dtype, out_dtype, accumulate, numel)
@@ -36,7 +38,7 @@ def test_sum_into_is_the_reference_formula_for_all_dtypes(num_ranks: int) -> Non
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_the_result_may_replace_one_of_the_contributions(place: int) -> None:
-    contributions = [values(r, 70_000, torch.bfloat16) for r in range(3)]
+    contributions = [values(r, TILE_NUMEL + 9, torch.bfloat16) for r in range(3)]
     expected = reference_sum(contributions, contributions[0], accumulate=False)
     sum_into(contributions, contributions[place], accumulate=False)
     assert torch.equal(contributions[place], expected)

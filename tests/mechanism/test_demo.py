@@ -111,11 +111,11 @@ def test_the_appendix_runs_as_it_stands() -> None:
 
 
 def test_the_converted_loop_learns_as_the_plain_one_does() -> None:
-    plain = run([sys.executable, str(EXAMPLES / "convert" / "before.py"), "--steps", "20"])
+    plain = run([sys.executable, str(EXAMPLES / "convert" / "before.py"), "--steps", "10"])
     config = EXAMPLES / "convert" / "ds_config.json"
-    options = ("--deepspeed", "--deepspeed_config", config, "--steps", "20")
+    options = ("--deepspeed", "--deepspeed_config", config, "--steps", "10")
     converted = run(lorica(EXAMPLES / "convert" / "after.py", *options))
-    before = float(re.findall(r"step 20 loss ([0-9.]+)", plain)[-1])
-    after = float(re.findall(r"step 20 \| loss ([0-9.]+)", converted)[-1])
-    assert before < 4.0
+    before = float(re.findall(r"step 10 loss ([0-9.]+)", plain)[-1])
+    after = float(re.findall(r"step 10 \| loss ([0-9.]+)", converted)[-1])
+    assert before < 5.2
     assert after == pytest.approx(before, abs=0.5)  # other batches, twice as many: about the same, not the same
