@@ -143,7 +143,7 @@ def main() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (port, args, folder), args.num_ranks)  # type: ignore[no-untyped-call]
+        mp.spawn(run_rank, (port, args, folder), args.num_ranks)  # type: ignore[attr-defined, no-untyped-call]
         print_table(torch.load(os.path.join(folder, "rows"), weights_only=False), args)
 
 

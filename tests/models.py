@@ -54,15 +54,14 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.head, self.checkpointing = head, checkpointing
-        self.wte, self.wpe = nn.Embedding(vocabulary, dim), nn.Embedding(context, dim)
+        self.wte = nn.Embedding(vocabulary, dim, _weight=0.1 * torch.randn(vocabulary, dim))
+        self.wpe = nn.Embedding(context, dim, _weight=0.1 * torch.randn(context, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads=2) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(dim)
         if head != "functional":
             self.lm_head = nn.Linear(dim, vocabulary, bias=False)
         if head == "tied":
             self.lm_head.weight = self.wte.weight
-        nn.init.normal_(self.wte.weight, std=0.1)
-        nn.init.normal_(self.wpe.weight, std=0.1)
         if compiled is not None:
             for block in self.blocks:
                 block.compile(backend=compiled)
@@ -87,11 +86,11 @@ class GPT(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers whose sizes are multiples of 128: no padding anywhere, so bytes can be counted exactly."""
+    """Layers of 2^14 weights and no biases: no padding anywhere, so bytes can be counted exactly."""
 
     def __init__(self, dim: int = 128, num_layers: int = 4) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_layers))
+        self.layers = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(num_layers))
 
     def forward(self, x_BD: Tensor, y_BD: Tensor) -> Tensor:
         x_BD = x_BD.to(self.layers[0].weight.dtype)

@@ -283,7 +283,7 @@ def _build(
         inner.close()
         raise ValueError(
             f"make_collectives: ranks {group} share a GPU, so their tensors travel through host memory, which needs "
-            "streams, got None. Fix: pass streams=core.streams' owner."
+            "streams, got None. Fix: pass streams=lorica.core.streams.make_streams(device)."
         )
     warnings.warn(
         f"Ranks {group} share a GPU: collectives go through host memory ({choice}). For NCCL give each rank its own.",

@@ -74,6 +74,7 @@ class Flat:
         self.grad_plane: GradPlane | None = None
         self.holders = 0  # contexts that need the plane to stay whole
         self._gather: Handle | None = None
+        self._source: Tensor | None = None
         self._alloc_param()
         self.master = self._alloc_master() if trainable else None
         self.state = Lifecycle(f"plane {name}", PARAM_MOVES, ParamState.SHARDED if self.sharded else ParamState.FULL)
@@ -232,14 +233,14 @@ class Flat:
             return
         self.state.to(ParamState.UNSHARDING)
         self._restore_storage()
-        shard = self.site.tiers[self.plan.param.tier].read(self.shard)
-        self._gather = self.comm.all_gather(shard, self.full)
+        self._source = self.site.tiers[self.plan.param.tier].read(self.shard)  # alive until the gather has read it
+        self._gather = self.comm.all_gather(self._source, self.full)
 
     def wait(self) -> None:
         """Finish a gather that `unshard` or `publish` started; the parameters are plain tensors afterwards."""
         if self._gather is not None:
             self._gather.wait()
-            self._gather = None
+            self._gather = self._source = None
         if self.state.state is ParamState.UNSHARDING:
             self.state.to(ParamState.FULL)
             show_all(self.params, self._views)

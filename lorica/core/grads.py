@@ -12,9 +12,9 @@ of the same backward, and from then on that unit always waits for the end.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -58,7 +58,7 @@ class Reducer:
         self.planes: list[GradPlane] = [grad for unit in units for grad in unit.grads]
         self._handles: list[RemovableHandle] = []
         for unit in self._units:
-            hook = partial(self._arrived, unit)
+            hook = _arrival(self, unit)
             for grad in unit.grads:
                 self._handles += [p.register_post_accumulate_grad_hook(hook) for p in grad.flat.params]
 
@@ -83,7 +83,8 @@ class Reducer:
         by_index = {unit.index: unit for unit in self._units}
         return [by_index[i] for i in self._agree([unit.index for unit in sequence]) if by_index[i].grads]
 
-    def _arrived(self, unit: Unit, _: Tensor) -> None:
+    def arrived(self, unit: Unit) -> None:
+        """Autograd has accumulated one gradient of `unit`."""
         if not self.active:
             return
         self._received[unit] += 1
@@ -177,3 +178,15 @@ class Reducer:
             handle.remove()
         self._handles.clear()
         self.planes.clear()
+
+
+def _arrival(reducer: Reducer, unit: Unit) -> Callable[[Tensor], None]:
+    """The hook of `unit`'s parameters. It holds nothing: hooks live in C++, where no garbage collector sees a cycle."""
+    weak_reducer, weak_unit = weakref.ref(reducer), weakref.ref(unit)
+
+    def hook(_: Tensor) -> None:
+        reducer, unit = weak_reducer(), weak_unit()
+        if reducer is not None and unit is not None:
+            reducer.arrived(unit)
+
+    return hook

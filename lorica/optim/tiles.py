@@ -42,8 +42,10 @@ class Tile(NamedTuple):
 
 
 def default_tile_numel(device: torch.device) -> int:
-    """The tile size for `device`, in elements."""
-    return TILE_NUMEL.get(device.type, ACCELERATOR_TILE_NUMEL)
+    """The tile size for `device`, in elements: on the CPU, one tile of the cache for each thread."""
+    if device.type in TILE_NUMEL:
+        return TILE_NUMEL[device.type] * torch.get_num_threads()
+    return ACCELERATOR_TILE_NUMEL
 
 
 def run_in_tiles(

@@ -21,11 +21,3 @@ class Tier(Protocol):
     def read(self, stored: Tensor) -> Tensor:
         """`stored` as a tensor on the compute device, ordered before later work on the current stream."""
         ...
-
-    def write(self, source: Tensor, stored: Tensor) -> None:
-        """Copy `source` (compute device) into `stored`; complete when the call returns."""
-        ...
-
-    def close(self) -> None:
-        """Give back what the tier holds."""
-        ...

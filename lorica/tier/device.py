@@ -1,4 +1,4 @@
-"""Memory of the compute device itself: reading and writing cost nothing."""
+"""Memory of the compute device itself: reading costs nothing."""
 
 from __future__ import annotations
 
@@ -21,11 +21,3 @@ class DeviceTier:
     def read(self, stored: Tensor) -> Tensor:
         """`stored` itself."""
         return stored
-
-    def write(self, source: Tensor, stored: Tensor) -> None:
-        """Copy on the device; nothing if both are the same memory."""
-        if source.data_ptr() != stored.data_ptr():
-            stored.copy_(source)
-
-    def close(self) -> None:
-        """Nothing is held."""

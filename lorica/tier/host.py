@@ -26,11 +26,3 @@ class HostTier:
     def read(self, stored: Tensor) -> Tensor:
         """A copy on the compute device (the plane itself if that is the CPU)."""
         return stored.to(self._compute_device, non_blocking=self._pin)
-
-    def write(self, source: Tensor, stored: Tensor) -> None:
-        """Copy from the device; waits, because the CPU reads `stored` next."""
-        if source.data_ptr() != stored.data_ptr():
-            stored.copy_(source)
-
-    def close(self) -> None:
-        """Nothing is held."""

@@ -86,9 +86,10 @@ def test_the_same_models_train_in_bf16_with_fp32_sums(ranks: Callable[[int], Ran
     training = Training(recipe=recipe, stage=stage, precision="bf16", accumulation=2, num_steps=8)
     config = training.config() | {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     run = outcome(ranks(2).run(train, training=training, config=config))
-    # No bf16 sum is left; what is left are masters that differ in the last bit and round to different bf16 neighbours:
-    # one weight of the 384 in "frozen", off by 2^-8 of itself, moves the loss by 3e-4.
-    follows(run, expected(training), loss=1e-3, parameters=3e-3)
+    # No bf16 sum is left between micro-batches and ranks; what is left are masters that differ in the last bit and now
+    # and then round to another bf16 neighbour. "frozen" uses a block's input outside the block as well: its gradient is
+    # a bf16 sum of three inside autograd, in another order where the block sees an alias of the input (core/hooks.py).
+    follows(run, expected(training), loss=1e-3 if recipe == "frozen" else 1e-4, parameters=3e-3)
 
 
 # Loops ----------------------------------------------------------------------------------------------------------------
