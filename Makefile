@@ -46,7 +46,7 @@ endif
 demo: install ## pretrain a GPT on Python's standard library for about five minutes, with ZeRO-2 and bf16
 	@echo "A GPT learns to write Python from the sources of Python's standard library: ZeRO-$(STAGE), bf16, one process for"
 	@echo "each GPU or two on the CPU. First the text is tokenised (once), then training takes about five minutes."
-	@echo "Watch the loss: it begins near 9 (guessing blindly among 8192 tokens) and falls. Ctrl-C ends it at any time."
+	@echo "Watch the loss: it begins where blind guessing is (8 to 9 nats per token) and falls. Ctrl-C ends it at any time."
 	$(PY) -m lorica --num_gpus=$(NUM_GPUS) examples/gpt/train.py --deepspeed \
 		--deepspeed_config examples/gpt/ds_config_zero$(STAGE).json $(ARGS)
 

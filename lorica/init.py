@@ -8,11 +8,16 @@ later, one at a time. Masters keep the precision in which the constructors made 
 `__init__` of every `nn.Module` class is wrapped, and classes made meanwhile are wrapped by `__init_subclass__`. The
 wrapper acts when the outermost constructor of an object returns. Everything is put back when the context closes.
 `Module.apply` gathers each module's own parameters around the function, so that the usual `self.apply(init)` works.
+
+[Note: reopened planes] Constructors also initialise the weights of modules that they hold, which are sharded by then
+(nanoGPT, torchvision, Hugging Face). A parameter that is touched while the context is open is gathered; a few later it
+is sharded again, with rank 0's values, and so are all when the outermost constructor returns.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,11 +29,12 @@ from lorica.comm import init_distributed
 from lorica.config import load
 from lorica.core.build import initial_values
 from lorica.core.flat import Flat, Site
-from lorica.core.parameter import record_of
+from lorica.core.parameter import ParamRecord, detach, record_of
 from lorica.layout import Entry, build_layout
 from lorica.plan import Request, plan_unit
 from lorica.precision import Precision
 
+MAX_REOPENED = 8
 _PLANES = "_lorica_init_planes"  # where a module keeps the planes of its parameters until initialize
 _BARE = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 
@@ -75,7 +81,7 @@ class Init:
             "host" if remote_device == "cpu" or settings.zero_optimization.offload_param.device == "cpu" else "device"
         )
         self._site, _, _ = make_site(settings, mpu if mpu is not None else _as_mpu(data_parallel_group))
-        self._flats: list[Flat] = []
+        self._reopened = _Reopened()
         self._building: set[int] = set()
         if module is not None:
             for each in module.modules():
@@ -83,6 +89,7 @@ class Init:
 
     def __enter__(self) -> Init:
         if self.enabled:
+            self._reopened.active = True
             self._stack.enter_context(torch.device(self._site.device))
             self._stack.enter_context(_patched_constructors(self._constructed, self._building))
             self._stack.enter_context(_patched_apply())
@@ -90,9 +97,15 @@ class Init:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+        if self.enabled:
+            self._reopened.active = False
+            if error[0] is None:
+                self._reopened.close()
 
     def _constructed(self, module: nn.Module) -> None:
         self._shard(module)
+        if not self._building:
+            self._reopened.close()
 
     def _shard(self, module: nn.Module) -> None:
         """Shard the parameters that `module` itself owns and that are whole so far."""
@@ -119,7 +132,47 @@ class Init:
         flat = Flat(name, [param], layout, plan, self._site, trainable=param.is_floating_point())
         flat.fill(0, initial_values(param, name, self._site))
         flat.bind()
+        flat.on_demand = self._reopened
         return flat
+
+
+class _Reopened:
+    """Parameters that are touched after they were sharded; see [Note: reopened planes]."""
+
+    def __init__(self) -> None:
+        self.active = False  # whether the context is open
+        self._records: deque[ParamRecord] = deque()
+
+    def touched(self, flat: Flat) -> bool:
+        """Gather `flat`, which has one parameter (`core.parameter.OnDemand`)."""
+        if not self.active:
+            return False
+        if len(self._records) == MAX_REOPENED:
+            self._close_first()
+        flat.holders += 1
+        flat.unshard()
+        flat.wait()
+        record = record_of(flat.params[0])
+        assert record is not None
+        self._records.append(record)
+        return True
+
+    def close(self) -> None:
+        """Shard everything again. Collective."""
+        while self._records:
+            self._close_first()
+
+    def _close_first(self) -> None:
+        from lorica.zero import adopt
+
+        record = self._records.popleft()
+        flat = record.flat
+        flat.holders -= 1
+        if flat.is_bound(record.index):
+            adopt(record, 0)
+            flat.reshard()
+        else:  # it was given another tensor: an ordinary parameter again
+            detach(flat.params[record.index])
 
 
 def release_init_planes(model: nn.Module) -> None:

@@ -76,7 +76,7 @@ def GatheredParameters(
     finally:
         if modifier_rank is not None:
             for record in records:
-                _adopt(record, modifier_rank)
+                adopt(record, modifier_rank)
         for flat in flats:
             flat.holders -= 1
             if not flat.holders:
@@ -90,8 +90,8 @@ def _records(params: Iterable[nn.Parameter] | nn.Parameter) -> list[ParamRecord]
     return sorted(found.values(), key=lambda r: (r.flat.name, r.index))
 
 
-def _adopt(record: ParamRecord, source: int) -> None:
-    """Make rank `source`'s present values of one parameter everybody's, in every plane."""
+def adopt(record: ParamRecord, source: int) -> None:
+    """Make rank `source`'s present values of one whole parameter everybody's, in every plane. Collective."""
     flat = record.flat
     slot = flat.layout.slots[record.index]
     if slot.numel == 0:

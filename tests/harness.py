@@ -15,6 +15,7 @@ World size 1 runs in this process, where a debugger works.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import pickle
@@ -37,6 +38,7 @@ import torch.distributed as dist
 
 START_LIMIT_S = 120.0  # importing torch on a machine that is busy with something else
 CALL_LIMIT_S = 120.0
+M_MMAP_THRESHOLD = -3  # of malloc.h
 GRACE_S = 20.0  # what the other ranks get once one rank has failed: they may wait in a collective for ever
 
 
@@ -75,10 +77,21 @@ def answer(call: Callable[..., Any], kwargs: dict[str, Any]) -> Answer:
         return Answer(problem=traceback.format_exc())
 
 
+def give_freed_memory_back() -> None:
+    """Tell glibc to map large blocks and unmap them when freed: what a process holds is then what it uses.
+
+    By default it raises its limit for mapping with every large block that is freed, and keeps hundreds of MiB.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
 def work(rank: int, world_size: int, port: int, pipe: Connection, stacks: str) -> None:
     """A worker's life: receive (number, call, kwargs, limit), run it in a fresh group, send the answer."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    give_freed_memory_back()
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file)
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=START_LIMIT_S))
@@ -121,6 +134,14 @@ class Worker:
             self.process.kill()
         self.process.join(10)
         self.pipe.close()
+
+
+def is_ready(pipe: Connection) -> bool:
+    """Whether the worker at the other end has started."""
+    try:
+        return pipe.poll(START_LIMIT_S) and pipe.recv_bytes() == b"ready"
+    except (EOFError, OSError):
+        return False
 
 
 class Ranks:
@@ -212,9 +233,12 @@ class Ranks:
             process.start()
             there.close()
             self.workers.append(Worker(process, here, stacks))
-        for worker in self.workers:
-            if not worker.pipe.poll(START_LIMIT_S) or worker.pipe.recv_bytes() != b"ready":
-                raise RankFailure(f"{worker.process.name} did not start within {START_LIMIT_S:.0f} s")
+        late = [worker.process.name for worker in self.workers if not is_ready(worker.pipe)]
+        if late:
+            self._replace()
+            raise RankFailure(
+                f"{', '.join(late)}: ended, or did not start within {START_LIMIT_S:.0f} s (see its output)"
+            )
 
     def _replace(self) -> None:
         """End workers that hang; the next call starts new ones."""

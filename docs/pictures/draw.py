@@ -9,11 +9,10 @@ Stages, slots, shards, groups and life cycles are read from `lorica.plan`, `lori
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from xml.sax.saxutils import escape
 
 from lorica.core.lifecycle import GRAD_MOVES, PARAM_MOVES
@@ -47,23 +46,18 @@ class Picture:
         self.width, self.height, self.title = width, height, title
         self._shapes: list[str] = []
 
-    def rect(
-        self, x: float, y: float, w: float, h: float, fill: str, edge: str = "none", *, round: float = 3, dash: str = ""
-    ) -> None:
+    def rect(self, x: float, y: float, w: float, h: float, fill: str, edge: str = "none", *, round: float = 3) -> None:
         """A box with its upper left corner at (x, y)."""
-        dashed = f' stroke-dasharray="{dash}"' if dash else ""
-        self._shapes.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{round:g}" fill="{fill}" stroke="{edge}"{dashed}/>'
-        )
+        place = f'x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{round:g}"'
+        self._shapes.append(f'<rect {place} fill="{fill}" stroke="{edge}"/>')
 
     def text(
         self, x: float, y: float, text: str, *, size: int = 13, at: str = "start", color: str = INK, bold: bool = False
     ) -> None:
         """One line; (x, y) is on the baseline at its start, middle or end."""
         weight = ' font-weight="600"' if bold else ""
-        self._shapes.append(
-            f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{at}" fill="{color}"{weight}>{escape(text)}</text>'
-        )
+        place = f'x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{at}"'
+        self._shapes.append(f'<text {place} fill="{color}"{weight}>{escape(text)}</text>')
 
     def lines(
         self, x: float, y: float, lines: Sequence[str], *, size: int = 13, at: str = "start", color: str = INK
@@ -172,15 +166,21 @@ def _stage_legend(picture: Picture, y: float) -> None:
     picture.line(24, y - 12, 856, y - 12)
     items = (
         (PARAM.fill, PARAM.edge, "held by this rank"),
-        ("url(#hatch-grad)", GRAD.edge, "its own sum, not yet summed over ranks"),
+        ("url(#hatch-grad)", GRAD.edge, "its own sum, until the accumulation boundary"),
         (IDLE.light, FAINT, "held by another rank"),
     )
     x = 30.0
     for fill, edge, label in items:
         picture.rect(x, y + 2, 18, 14, fill, edge)
         picture.text(x + 26, y + 14, label, size=12)
-        x += 190 if label != items[1][2] else 300
-    picture.text(30, y + 36, "Ψ parameters, P ranks, bf16 (2 bytes); AdamW: K = 12 (fp32 master 4, two moments 8)", size=12, color=MUTED)
+        x += 190 if label != items[1][2] else 330
+    picture.text(
+        30,
+        y + 36,
+        "r0 to r3: ranks. Ψ parameters, P ranks, bf16 (2 bytes each); AdamW: K = 12 (fp32 master 4, two moments 8)",
+        size=12,
+        color=MUTED,
+    )
 
 
 # -- 2. a plane --------------------------------------------------------------------------------------------------------
@@ -200,18 +200,21 @@ def plane() -> Picture:
     _plane_groups(picture, layout, left, scale, top=30)
     _plane_shards(picture, layout, left, scale, top=170)
     picture.text(24, 112, "plane", size=14, bold=True)
-    picture.text(24, 46, "param group", size=14, bold=True)
+    picture.text(24, 46, "param group", size=13, bold=True)
     picture.text(24, 194, "shards", size=14, bold=True)
     x = 130
     for fill, edge, label, step in (
         (PARAM.light, PARAM.edge, "a parameter's slot; starts at a multiple of 128", 320),
-        ("url(#hatch-pad)", IDLE.edge, "padding, always zero", 180),
+        ("url(#hatch-pad)", IDLE.edge, "padding", 180),
     ):
         picture.rect(x, 252, 18, 14, fill, edge)
         picture.text(x + 26, 264, label, size=12)
         x += step
     picture.text(
-        130, 292, "The parameter, gradient, master and moment planes of a unit all have this layout and this cut.", size=12
+        130,
+        292,
+        "The parameter, gradient, master and moment planes of a unit all have this layout and this cut.",
+        size=12,
     )
     picture.text(
         130, 311, "One all-gather, one reduce-scatter, one optimizer call per group: each a contiguous range.", size=12
@@ -226,11 +229,11 @@ def _plane_row(picture: Picture, layout: Layout, left: float, scale: float, top:
         x, width = left + slot.start * scale, slot.numel * scale
         picture.rect(x, top, width, 44, PARAM.light, PARAM.edge, round=0)
         if width > 60:
-            picture.text(x + width / 2, top + 27, slot.name, at="middle", color=PARAM.edge, bold=True)
+            picture.text(x + 12, top + 27, slot.name, color=PARAM.edge, bold=True)  # left of the first shard border
         else:
             picture.text(x + width / 2, top - 7, slot.name, size=12, at="middle", color=PARAM.edge, bold=True)
-        picture.text(x, top + 60, str(slot.start), size=11, at="middle", color=MUTED)
-    picture.text(left + layout.numel * scale, top + 60, str(layout.numel), size=11, at="middle", color=MUTED)
+        picture.text(x + 4, top + 59, str(slot.start), size=11, color=MUTED)
+    picture.text(left + layout.numel * scale, top + 59, str(layout.numel), size=11, at="end", color=MUTED)
 
 
 def _plane_groups(picture: Picture, layout: Layout, left: float, scale: float, top: float) -> None:
@@ -284,14 +287,19 @@ TASKS = (
     Task("update", "update root", 22.3, 23.3),
 )  # fmt: skip
 WHOLE = {"root": ((0, 17.5),), "1": ((1, 3), (11, 15)), "2": ((2, 4), (9, 13)), "3": ((3, 5), (7, 11)), "4": ((4, 9),)}
-PHASES = (("forward", 0, 7), ("backward", 7, 17.5), ("step", 17.5, 23.3))
+PHASES = (("forward", 0), ("backward", 7), ("step", 17.5))
 
 
 def step() -> Picture:
     """One step at stage 3: four units and the root, one unit gathered ahead."""
     top, row = 84, 23
-    picture = Picture(880, 660, "One step at stage 3, from top to bottom")
-    lanes = {"gather": (130, 110, PARAM), "compute": (260, 190, WORK), "update": (260, 190, STATES), "reduce": (470, 110, GRAD)}
+    picture = Picture(880, 678, "One step at stage 3, from top to bottom")
+    lanes = {
+        "gather": (130, 110, PARAM),
+        "compute": (260, 190, WORK),
+        "update": (260, 190, STATES),
+        "reduce": (470, 110, GRAD),
+    }
     for x, width, label, color in (
         (130, 110, "all-gather", PARAM.edge), (260, 190, "compute", WORK.edge), (470, 110, "reduce", GRAD.edge)
     ):  # fmt: skip
@@ -299,7 +307,7 @@ def step() -> Picture:
     picture.text(185, 36, "wire", size=12, at="middle", color=MUTED)
     picture.text(525, 36, "wire", size=12, at="middle", color=MUTED)
     picture.text(728, 36, "whole on this rank", size=12, at="middle", color=MUTED)
-    for name, begin, end in PHASES:
+    for name, begin in PHASES:
         picture.text(28, top + begin * row + 17, name, size=14, bold=True)
         picture.line(24, top + begin * row - 0.5, 856, top + begin * row - 0.5)
     for task in TASKS:
@@ -315,14 +323,18 @@ def step() -> Picture:
         for begin, end in spans:
             picture.rect(x, top + begin * row + 1, 28, (end - begin) * row - 3, PARAM.light, PARAM.edge)
     picture.line(24, top + 23.3 * row + 2, 856, top + 23.3 * row + 2)
-    picture.text(28, 644, "time runs downwards; units 1 to 4 are blocks; one unit is gathered ahead of its use", size=12, color=MUTED)
+    notes = (
+        "Time runs downwards; units 1 to 4 are blocks, the root is the rest of the model. One unit is gathered ahead.",
+        "The last unit stays whole between its forward and its backward: it is needed again at once.",
+    )
+    picture.lines(28, 642, notes, size=12, color=MUTED)
     return picture
 
 
 # -- 4. units of a GPT -------------------------------------------------------------------------------------------------
 
 TREE = (
-    (0, "GPT", "root", ""),
+    (0, "GPT", "root", "the model"),
     (1, "embedding", "embedding", "38.6 M: a large leaf"),
     (1, "positions", "root", "0.8 M: below 2^20"),
     (1, "blocks", "", "a ModuleList"),
@@ -330,7 +342,7 @@ TREE = (
     (2, "1", "blocks.1", ""),
     (2, "...", "", ""),
     (2, "11", "blocks.11", ""),
-    (1, "norm", "root", ""),
+    (1, "norm", "root", "small"),
     (1, "head", "head", "38.6 M, not tied: a large leaf"),
 )
 
@@ -351,20 +363,25 @@ def units() -> Picture:
         what = {"root": "whole for all of forward and backward"}.get(name, "whole while it runs")
         picture.text(840, y + 25, what, size=11, at="end", color=MUTED)
         centers[name] = y + 20
+    parents: list[float] = []  # the lower edge of the box above, by depth
     for number, (depth, name, unit, note) in enumerate(TREE):
         y, x = 56 + number * 33, 40 + depth * 34
-        picture.rect(x, y, 110, 25, IDLE.light, IDLE.edge)
-        picture.text(x + 10, y + 17, name, size=13)
-        if note:
-            picture.text(x + 120, y + 17, note, size=11, color=MUTED)
+        middle = y + 12.5
+        parents[depth:] = [y + 25.0]
         if depth:
-            picture.path(f"M{x - 22} {y - 8} V{y + 12.5} H{x - 2}", FAINT, arrow=False)
-        if unit and unit != "root":
-            picture.path(f"M400 {y + 12.5} C470 {y + 12.5} 490 {centers[unit]} 556 {centers[unit]}", PARAM.edge)
-        elif unit and depth:
-            picture.path(f"M400 {y + 12.5} C470 {y + 12.5} 490 {centers[unit]} 556 {centers[unit]}", STATES.edge)
+            picture.path(f"M{x - 22} {parents[depth - 1]:g} V{middle:g} H{x}", IDLE.edge, arrow=False, wide=1)
+        picture.rect(x, y, 410 - x, 25, IDLE.light, IDLE.edge)
+        picture.text(x + 10, y + 17, name, size=13)
+        picture.text(400, y + 17, note, size=11, at="end", color=MUTED)
+        if unit and depth:
+            color = STATES.edge if unit == "root" else PARAM.edge
+            picture.path(f"M410 {middle:g} C480 {middle:g} 490 {centers[unit]:g} 556 {centers[unit]:g}", color)
     picture.text(
-        40, 412, "Tied head and embedding: both modules use the parameter, so it belongs to the root.", size=12, color=MUTED
+        40,
+        412,
+        "Tied head and embedding: both modules use the parameter, so it belongs to the root.",
+        size=12,
+        color=MUTED,
     )
     return picture
 
@@ -389,7 +406,7 @@ def mesh() -> Picture:
                 fill = tint.fill if part == position["dp_shard"] else CARD
                 picture.rect(x + 14 + part * 71, y + 36 + number * 18, 71, 14, fill, tint.edge, round=1)
     for number, group in enumerate(grid.groups("dp_shard")):
-        y = tops[number] + height / 2
+        y = tops[number] + height // 2
         picture.text(28, y - 4, f"shard group {number}", bold=True)
         picture.text(28, y + 14, "ranks " + ", ".join(map(str, group)), size=12, color=MUTED)
         _both_ways(picture, lefts[0] + width + 8, y, lefts[1] - 8, y, PARAM.edge)
@@ -397,7 +414,7 @@ def mesh() -> Picture:
         picture.text(455, y - 10, "reduce-scatter", size=12, at="middle", color=PARAM.edge)
         picture.text(455, y + 20, "every micro-batch", size=11, at="middle", color=MUTED)
     for column, group in enumerate(grid.groups("dp_replicate")):
-        x = lefts[column] + width / 2
+        x = lefts[column] + width // 2
         _both_ways(picture, x, tops[0] + height + 6, x, tops[1] - 6, GRAD.edge)
         picture.text(x + 12, 194, "all-reduce the gradient shard", size=12, color=GRAD.edge)
         picture.text(x + 12, 211, "once per step, ranks " + ", ".join(map(str, group)), size=11, color=MUTED)
@@ -417,6 +434,7 @@ def _both_ways(picture: Picture, x1: float, y1: float, x2: float, y2: float, col
 
 BUFFER_MOVES = {"FREE": {"GIVEN"}, "GIVEN": {"FLYING"}, "FLYING": {"FREE"}}  # comm/slots.py, which needs torch
 
+S = TypeVar("S", bound=Enum)
 State = str
 
 
@@ -433,17 +451,17 @@ class Machine(NamedTuple):
     labels: tuple[tuple[float, float, str, str], ...]
 
 
-def _by_name(moves: dict[Enum, set[Enum]]) -> dict[State, set[State]]:
+def _by_name(moves: Mapping[S, set[S]]) -> dict[State, set[State]]:
     return {state.name: {other.name for other in others} for state, others in moves.items()}
 
 
 def lifecycles() -> Picture:
     """The legal states of a parameter plane, a gradient plane and a staging buffer."""
-    picture = Picture(880, 500, "Life cycles: parameter plane, gradient plane, staging buffer")
-    for machine in (_param_machine(60), _grad_machine(210), _buffer_machine(410)):
+    picture = Picture(880, 510, "Life cycles: parameter plane, gradient plane, staging buffer")
+    for machine in (_param_machine(40), _grad_machine(204), _buffer_machine(404)):
         _draw_machine(picture, machine)
-    picture.line(24, 166, 856, 166)
-    picture.line(24, 366, 856, 366)
+    picture.line(24, 156, 856, 156)
+    picture.line(24, 372, 856, 372)
     return picture
 
 
@@ -452,7 +470,9 @@ def _draw_machine(picture: Picture, machine: Machine) -> None:
     picture.text(28, top + 4, machine.title, size=14, bold=True, color=machine.tint.edge)
     picture.text(28, top + 22, machine.place, size=11, color=MUTED)
     if set(machine.routes) != {(a, b) for a, others in machine.moves.items() for b in others}:
-        raise ValueError(f"{machine.title}: expected a route for every move of the table, got {sorted(machine.routes)}.")
+        raise ValueError(
+            f"{machine.title}: expected a route for every move of the table, got {sorted(machine.routes)}."
+        )
     for state, (x, y) in machine.boxes.items():
         picture.rect(x, y, 150, 44, machine.tint.light, machine.tint.edge, round=8)
         picture.text(x + 75, y + 19, state, size=12, at="middle", bold=True)
@@ -463,7 +483,7 @@ def _draw_machine(picture: Picture, machine: Machine) -> None:
         picture.text(x, y, label, size=11, at=at, color=machine.tint.edge)
 
 
-def _param_machine(y: float) -> Machine:
+def _param_machine(y: int) -> Machine:
     return Machine(
         "parameter plane", "core/lifecycle.py", PARAM, _by_name(PARAM_MOVES),
         {"SHARDED": (210, y), "UNSHARDING": (430, y), "FULL": (650, y)},
@@ -473,11 +493,14 @@ def _param_machine(y: float) -> Machine:
             ("UNSHARDING", "FULL"): f"M580 {y + 22} H647",
             ("FULL", "SHARDED"): f"M725 {y + 44} V{y + 76} H285 V{y + 47}",
         },
-        ((393, y + 14, "middle", "unshard"), (613, y + 14, "middle", "wait"), (505, y + 92, "middle", "reshard: free the storage")),
+        (
+            (393, y + 14, "middle", "unshard"), (613, y + 14, "middle", "wait"),
+            (505, y + 92, "middle", "reshard: free the storage"),
+        ),
     )  # fmt: skip
 
 
-def _grad_machine(y: float) -> Machine:
+def _grad_machine(y: int) -> Machine:
     return Machine(
         "gradient plane", "core/lifecycle.py", GRAD, _by_name(GRAD_MOVES),
         {"IDLE": (210, y), "REDUCING": (430, y), "ACCUMULATING": (650, y), "READY": (430, y + 96)},
@@ -496,13 +519,14 @@ def _grad_machine(y: float) -> Machine:
         },
         (
             (393, y + 14, "middle", "launch"), (613, y + 8, "middle", "wait"),
-            (615, y + 46, "middle", "launch"), (735, y + 84, "start", "complete"), (296, y + 108, "start", "after the step"),
-            (505, y - 27, "middle", "dropped"), (514, y + 76, "start", "launch"),
+            (615, y + 46, "middle", "launch"), (735, y + 84, "start", "complete"),
+            (296, y + 108, "start", "after the step"), (505, y - 27, "middle", "dropped by zero_grad"),
+            (514, y + 76, "start", "launch"),
         ),
     )  # fmt: skip
 
 
-def _buffer_machine(y: float) -> Machine:
+def _buffer_machine(y: int) -> Machine:
     return Machine(
         "staging buffer", "comm/slots.py", STATES, BUFFER_MOVES,
         {"FREE": (210, y), "GIVEN": (430, y), "FLYING": (650, y)},

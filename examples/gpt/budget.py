@@ -63,8 +63,8 @@ class Budget:
         return warmup * max(FINAL_FACTOR, min(1.0, left))
 
 
-def width_factor(width: int, *, reference: int = 256) -> float:
-    """What to multiply a learning rate with that was found at width `reference`: wide models want a small one.
+def width_factor(width: int, *, reference: int = 128) -> float:
+    """What to multiply a learning rate with that was found at width `reference`: wider models want a smaller one.
 
     Source: Yang et al. 2022 (arXiv:2203.03466), table 3: in proportion to 1 / width for the matrices under Adam.
     """

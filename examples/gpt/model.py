@@ -42,7 +42,7 @@ class GPTConfig:
 
 
 SIZES = {
-    "tiny": GPTConfig(num_layers=4, num_heads=4, width=256, seq_len=256),  # two laptop cores
+    "tiny": GPTConfig(num_layers=4, num_heads=4, width=128, seq_len=256, vocab_size=4096),  # two laptop cores
     "small": GPTConfig(num_layers=8, num_heads=8, width=512, seq_len=512),
     "medium": GPTConfig(num_layers=12, num_heads=12, width=768, seq_len=1024),  # GPT-2's smallest shape; one GPU
     "1b3": GPTConfig(num_layers=24, num_heads=16, width=2048, seq_len=2048),

@@ -79,7 +79,7 @@ class Display:
         if last > first:
             steps_per_second = (last - first) / (now - since)
             parts.append(f"{steps_per_second * self._tokens_per_step:,.0f} tokens/s")
-        parts.append(f"{peak_memory_bytes(self._device) / 2**30:.2f} GiB")
+        parts.append(f"memory {peak_memory_bytes(self._device) / 2**30:.2f} GiB")
         if last > first and total_steps is not None:
             minutes, seconds = divmod(round((total_steps - step) / steps_per_second), 60)
             parts.append(f"ETA {minutes}:{seconds:02d}")

@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=5.0, help="how long to train")
     parser.add_argument("--steps", type=int, help="how many steps to train, instead of --minutes")
     parser.add_argument("--data_path", type=Path, help="a text file or folder (default: Python's standard library)")
-    parser.add_argument("--vocab_size", type=int, default=8192, help="tokens that the BPE learns")
+    parser.add_argument("--vocab_size", type=int, help="tokens that the BPE learns (default: as the size says)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for results and tokenised text")
     parser.add_argument("--name", help="what to call this run (default: gpt-SIZE); its folder is RUNS/NAME-zeroSTAGE")
@@ -209,7 +209,8 @@ def main() -> None:
     """Prepare the text, build the engine, train, and show what came of it."""
     arguments = parse_arguments()
     is_first = int(os.environ.get("RANK", "0")) == 0
-    tokens = prepare(arguments.data_path, arguments.runs / "text", vocab_size=arguments.vocab_size, say=print)
+    vocab_size = arguments.vocab_size or SIZES[arguments.size].vocab_size
+    tokens = prepare(arguments.data_path, arguments.runs / "text", vocab_size=vocab_size, say=print)
     shape = shape_of(arguments, tokens.tokenizer.get_vocab_size())
     check_length(tokens.train, shape.seq_len, "training")
     check_length(tokens.validation, max(shape.seq_len, PROMPT_TOKENS), "validation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import platform
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from lorica.comm.base import Collectives, Streams
 from lorica.comm.environment import Place, find_place
@@ -77,7 +79,9 @@ def init_distributed(
     else:
         for name, value in place.variables().items():
             os.environ.setdefault(name, value)  # torch.distributed and clients such as transformers read them
-        dist.init_process_group(backend, timeout=timeout, rank=place.rank, world_size=place.world_size)
+        store = _loopback_store(place, timeout)
+        dist.init_process_group(backend, store=store, timeout=timeout, rank=place.rank, world_size=place.world_size)
+    atexit.register(_leave)
     if verbose and place is not None and place.world_size > 1 and place.rank == 0:
         logger.info("%d ranks (from %s) over %s", place.world_size, place.source, backend)
 
@@ -110,6 +114,28 @@ def _find(
             "this is. Fix: pass rank and world_size, or set RANK and WORLD_SIZE."
         )
     return place
+
+
+def _loopback_store(place: Place, timeout: timedelta) -> Store | None:
+    """Rank 0's rendezvous store in a job of Lorica's launcher; None: torch.distributed makes its own.
+
+    The launcher hands rank 0 a socket that is bound to the address it chose: the store that torch.distributed makes
+    would listen on every network interface. The other ranks connect as torch.distributed does alone, which puts its
+    keys under "default_pg".
+    """
+    bound = os.environ.pop("LORICA_STORE_FD", None)
+    if bound is None or place.rank != 0:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, place.world_size, is_master=True, timeout=timeout, master_listen_fd=int(bound))
+    return PrefixStore("default_pg", store)
+
+
+def _leave() -> None:
+    """Leave the default group at a normal exit: NCCL warns about groups that nobody left."""
+    failed = getattr(sys, "last_value", None) is not None
+    if dist.is_initialized() and not failed:
+        dist.destroy_process_group()
 
 
 def _set_cuda_device(place: Place | None) -> None:

@@ -140,7 +140,7 @@ def initial_values(param: nn.Parameter, name: str, site: Site) -> Tensor:
         ValueError: if the parameter is on the meta device.
     """
     record = record_of(param)
-    if record is not None:
+    if record is not None and record.flat.is_bound(record.index):
         return record.flat.collect_master(record.index)
     if param.is_meta:
         raise ValueError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.core.lifecycle import PARAM_MOVES, Lifecycle, ParamState
-from lorica.core.parameter import ParamRecord, attach, detach, hide, show
+from lorica.core.parameter import ParamRecord, attach, detach, hide, is_rebound, show
 from lorica.layout import Layout, Overlap
 from lorica.plan import StateBytes, UnitPlan
 
@@ -218,6 +218,10 @@ class Flat:
         for index, (param, slot) in enumerate(zip(self.params, self.layout.slots, strict=True)):
             attach(param, ParamRecord(self, index, slot.name))
         (hide_all if self.sharded else show_all)(self.params, self._views)
+
+    def is_bound(self, index: int) -> bool:
+        """Whether a parameter still belongs to this plane (False after `param.data = another tensor`)."""
+        return not is_rebound(self.params[index], self._views[index])
 
     def unbind(self) -> None:
         """Give every parameter memory of its own, with its present values. Collective if sharded."""

@@ -29,9 +29,13 @@ _DESCRIPTIVE = {
     "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "get_device", "is_floating_point",
     "is_complex", "is_contiguous", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "__len__",
     "__hash__", "__repr__", "storage_offset", "is_shared", "is_pinned", "has_names", "__get__", "__set__", "__delete__",
-    "detach", "is_inference", "is_signed", "_is_view", "dim_order", "backward", "is_same_size",
+    "is_inference", "is_signed", "_is_view", "dim_order", "backward", "is_same_size",
     "_has_symbolic_sizes_strides",
 }  # fmt: skip
+
+
+# What gives a name to the same values: they are gathered if somebody may want them now, else it is a description only.
+_ALIASES = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
 
 class OnDemand(Protocol):
@@ -104,11 +108,11 @@ class ShardedParameter(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if getattr(func, "__name__", "") in _DESCRIPTIVE:
+            if getattr(func, "__name__", "") in _DESCRIPTIVE and func not in _ALIASES:
                 return func(*args, **kwargs)
             for param in _sharded_in((args, kwargs)):
                 record = record_of(param)
-                if record is None or not record.flat.touched():
+                if (record is None or not record.flat.touched()) and func not in _ALIASES:
                     raise _no_values(param, getattr(func, "__name__", str(func)))
             return func(*args, **kwargs)
 
@@ -148,6 +152,14 @@ def hide(param: Tensor, values: Tensor) -> None:
     param.data = hole.expand(values.shape)
     if type(param) is nn.Parameter:
         param.__class__ = ShardedParameter
+
+
+def is_rebound(param: Tensor, values: Tensor) -> bool:
+    """Whether somebody gave `param` another tensor (`param.data = x`) since `hide` or `show` bound it to `values`."""
+    with torch._C.DisableTorchFunctionSubclass():
+        hole = _HOLES.get((values.dtype, values.device))
+        own = [tensor.untyped_storage()._cdata for tensor in (values, hole) if tensor is not None]
+        return param.untyped_storage()._cdata not in own
 
 
 def show(param: Tensor, values: Tensor) -> None:

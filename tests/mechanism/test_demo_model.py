@@ -136,7 +136,7 @@ def test_minutes_become_the_steps_that_process_zero_counts(monkeypatch: pytest.M
 
 
 def test_a_wider_model_gets_a_smaller_learning_rate() -> None:
-    assert budget.width_factor(2048) == 1 / 8
+    assert budget.width_factor(2048) == 1 / 16
 
 
 def test_the_table_of_losses_holds_every_step_and_the_validations(tmp_path: Path) -> None:
