@@ -144,7 +144,7 @@ def _set_cuda_device(place: Place | None) -> None:
 
 
 def _init_alone(backend: str, timeout: timedelta) -> None:
-    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    store: Any = dist.HashStore()
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 

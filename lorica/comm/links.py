@@ -236,7 +236,7 @@ class Links:
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                body, rights = b"", []
+                continue  # the peer closed with acks of ours unread; what it sent before, its goodbye too, comes next
             if not body:
                 self._end(peer)
                 return
