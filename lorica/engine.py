@@ -29,7 +29,7 @@ from lorica.log import logger
 from lorica.monitor import Monitor, Throughput, Timers, progress_line, training_events
 from lorica.monitor.timers import breakdown_lines
 from lorica.optimizer import ZeroOptimizer
-from lorica.plan import StateBytes
+from lorica.plan import STAGE, StateBytes
 from lorica.precision import LossScale
 from lorica.update.sync import SyncUpdate
 
@@ -189,7 +189,7 @@ class Engine(nn.Module):
         reducer = self._parts.reducer
         if reducer.active:
             return
-        reduce = self._sync and (self.zero_optimization_stage() >= 2 or self._updates_next())
+        reduce = self._sync and (self.zero_optimization_partition_gradients() or self._updates_next())
         reducer.begin(reduce=reduce, ran=lambda: self._parts.prefetcher.order, expects=self._hooks.expects)
 
     def _backward_began(self) -> None:
@@ -434,6 +434,8 @@ class Engine(nn.Module):
             if comm is not None:
                 comm.close()
         for unit in parts.units:
+            for flat in unit.flats:
+                flat.leave()
             unit.flats.clear()
             unit.grads.clear()
         self.optimizer = self.lr_scheduler = self.training_dataloader = None
@@ -570,11 +572,11 @@ class Engine(nn.Module):
 
     def zero_optimization_partition_gradients(self) -> bool:
         """Whether gradients are sharded."""
-        return self.zero_optimization_stage() >= 2
+        return STAGE[self.zero_optimization_stage()].grad
 
     def zero_optimization_partition_weights(self) -> bool:
         """Whether parameters are sharded."""
-        return self.zero_optimization_stage() >= 3
+        return STAGE[self.zero_optimization_stage()].param
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
         """DeepSpeed's flag; Lorica gathers on request whatever it says."""

@@ -134,7 +134,7 @@ def llama_config(**changes: Any) -> Any:
 
 
 def qwen3_moe_config() -> Any:
-    """Four experts in each of two blocks, of which every token chooses two: most batches leave some expert unused."""
+    """Eight experts in each of two blocks, of which every token chooses two: ranks disagree about which are busy."""
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
     return transformers.Qwen3MoeConfig(**DECODER, **experts)
 
@@ -187,6 +187,48 @@ def vit_config() -> Any:
     )
 
 
+class OlderConfig(transformers.PretrainedConfig):
+    """The configuration of `OlderStyle`."""
+
+    model_type = "older-style"
+
+    def __init__(self, dim: int = 32, **rest: Any) -> None:
+        self.dim = dim
+        super().__init__(**rest)
+
+
+class OlderStyle(transformers.PreTrainedModel):
+    """What code on the hub does: weights are initialised and replaced through `.data`, and used outside their module."""
+
+    config_class = OlderConfig
+    _no_split_modules = ("Linear",)
+
+    def __init__(self, config: OlderConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(VOCABULARY, config.dim)
+        self.layers = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(3))
+        self.post_init()
+        self.layers[0].weight.data = torch.linspace(-0.2, 0.2, config.dim**2).view(config.dim, config.dim)
+        self.layers[1].weight.data = self.layers[1].weight.data * 2
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            module.weight.data.normal_(mean=0.0, std=0.2)
+            module.bias.data.zero_()
+        elif isinstance(module, nn.Embedding):
+            module.weight.data.normal_(mean=0.0, std=0.2)
+            module.weight.data[0].zero_()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> transformers.modeling_outputs.CausalLMOutput:
+        """Predict the next token from the present one."""
+        x_BLD = self.embed(input_ids)
+        for layer in self.layers:
+            x_BLD = x_BLD + torch.tanh(layer(x_BLD))
+        logits_BLV = x_BLD @ self.embed.weight.detach().t() + x_BLD @ self.layers[0].weight[:1].t()
+        loss = nn.functional.cross_entropy(logits_BLV[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits_BLV)
+
+
 def with_lora(model: nn.Module) -> nn.Module:
     """PEFT's low-rank adapters on the attention's projections; everything else is frozen."""
     import peft
@@ -211,9 +253,7 @@ def checkpointed(reentrant: bool) -> Callable[[nn.Module], nn.Module]:
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(transformers.GPT2LMHeadModel, gpt2_config, next_token),
     "llama": Family(transformers.LlamaForCausalLM, llama_config, next_token),
-    "llama, tied": Family(
-        transformers.LlamaForCausalLM, lambda: llama_config(tie_word_embeddings=True), next_token
-    ),
+    "llama, tied": Family(transformers.LlamaForCausalLM, lambda: llama_config(tie_word_embeddings=True), next_token),
     "llama, lora": Family(transformers.LlamaForCausalLM, llama_config, next_token, with_lora),
     "llama, reentrant checkpointing": Family(
         transformers.LlamaForCausalLM, llama_config, next_token, checkpointed(reentrant=True)
@@ -221,8 +261,15 @@ FAMILIES: dict[str, Family] = {
     "llama, non-reentrant checkpointing": Family(
         transformers.LlamaForCausalLM, llama_config, next_token, checkpointed(reentrant=False)
     ),
+    "llama, lora, reentrant checkpointing": Family(
+        transformers.LlamaForCausalLM,
+        llama_config,
+        next_token,
+        lambda model: with_lora(checkpointed(reentrant=True)(model)),
+    ),
     "qwen3-moe": Family(transformers.Qwen3MoeForCausalLM, qwen3_moe_config, next_token),
     "bert": Family(transformers.BertForMaskedLM, bert_config, masked_tokens),
     "t5": Family(transformers.T5ForConditionalGeneration, t5_config, translation),
     "vit": Family(transformers.ViTForImageClassification, vit_config, images),
+    "older style": Family(OlderStyle, OlderConfig, next_token),
 }

@@ -54,6 +54,12 @@ class Budget:
         """Whether `step` steps are all there will be. The same answer on every process."""
         return self.total_steps is not None and step >= self.total_steps
 
+    def steps_between(self, times: int) -> int:
+        """How far apart to do something that is done `times` times in a run. Known once there is a plan."""
+        if self.total_steps is None:
+            raise RuntimeError("The number of steps is not known yet: expected a plan before. Fix: call plan() first.")
+        return max(1, self.total_steps // times)
+
     def factor(self, step: int) -> float:
         """The learning rate of step `step` (from 0), as a share of its peak: up, level, and down over the last half."""
         warmup = min(1.0, (step + 1) / WARMUP_STEPS)

@@ -41,7 +41,12 @@ class Curve:
         figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
         millions = [step * tokens_per_step / 1e6 for step in range(1, len(train) + 1)]
         axes.plot(millions, train, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(millions, smooth(train), color="tab:blue", label="training (process 0, smoothed)")
+        axes.plot(
+            millions,
+            smooth(train, window=max(1, len(train) // 20)),
+            color="tab:blue",
+            label="training (process 0, smoothed)",
+        )
         seen = [step * tokens_per_step / 1e6 for step in self.validation]
         axes.plot(seen, list(self.validation.values()), "o-", color="tab:orange", label="validation")
         axes.set(title=title, xlabel="million tokens", ylabel="loss (nats per token)")
@@ -52,7 +57,7 @@ class Curve:
         plt.close(figure)
 
 
-def smooth(values: list[float], *, window: int = 20) -> list[float]:
+def smooth(values: list[float], *, window: int) -> list[float]:
     """The mean over the last `window` values at each place."""
     sums = [0.0, *itertools.accumulate(values)]
     starts = (max(0, end - window) for end in range(1, len(sums)))

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections import deque
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -27,6 +28,7 @@ class Display:
     def __init__(self, *, is_shown: bool, tokens_per_step: int, device: torch.device) -> None:
         self.console = Console()
         self.validation_loss: float | None = None
+        self.peak_bytes = 0
         self._is_shown = is_shown
         self._tokens_per_step = tokens_per_step
         self._device = device
@@ -79,16 +81,23 @@ class Display:
         if last > first:
             steps_per_second = (last - first) / (now - since)
             parts.append(f"{steps_per_second * self._tokens_per_step:,.0f} tokens/s")
-        parts.append(f"memory {peak_memory_bytes(self._device) / 2**30:.2f} GiB")
+        self.peak_bytes = max(self.peak_bytes, memory_bytes(self._device))
+        parts.append(f"memory {self.peak_bytes / 2**30:.2f} GiB")
         if last > first and total_steps is not None:
             minutes, seconds = divmod(round((total_steps - step) / steps_per_second), 60)
             parts.append(f"ETA {minutes}:{seconds:02d}")
         return "  ".join(parts)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held: on the GPU, what PyTorch allocated; on the CPU, what was resident."""
+def memory_bytes(device: torch.device) -> int:
+    """Memory of this process: on a GPU, the most that PyTorch has allocated; on the CPU, what is resident now.
+
+    (Where the system does not say what is resident now: the most that ever was, tokenising the text included.)
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * resource.getpagesize()
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes

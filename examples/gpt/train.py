@@ -22,7 +22,7 @@ from budget import UNSTEADY_STEPS, WARMUP_STEPS, Budget, width_factor
 from curve import Curve
 from data import check_length, training_batch, validation_batch
 from model import GPT, SIZES, GPTConfig, generate
-from progress import Display, peak_memory_bytes
+from progress import Display
 from rich.console import Console
 from rich.markup import escape
 from text import Tokens, prepare
@@ -132,7 +132,7 @@ def validate(run: Run, num_batches: int) -> float:
 
 def train(run: Run, budget: Budget, display: Display) -> Curve:
     """Train until the budget is used up, and validate on the way and at the end."""
-    curve, step = Curve(), 0
+    curve, step, validated = Curve(), 0, 0
     while not budget.is_over(step):
         loss = train_step(run)
         step += 1
@@ -143,12 +143,9 @@ def train(run: Run, budget: Budget, display: Display) -> Curve:
         if step == WARMUP_STEPS:
             budget.plan(step, run.engine.device)
         display.update(step, budget.total_steps, loss)
-        if (
-            budget.total_steps is not None
-            and step % max(1, budget.total_steps // VALIDATIONS) == 0
-            and step > WARMUP_STEPS
-        ):
+        if step >= WARMUP_STEPS and step - validated >= budget.steps_between(VALIDATIONS) and not budget.is_over(step):
             curve.validation[step] = display.validation_loss = validate(run, VALIDATION_BATCHES)
+            validated = step
             budget.plan(step, run.engine.device)
     curve.validation[step] = validate(run, VALIDATION_BATCHES * FINAL_TIMES)
     return curve
@@ -177,8 +174,9 @@ def next_command(config: str, world_size: int, stage: int) -> str:
     return shlex.join([*program, f"--num_gpus={world_size}", str(here / "train.py"), *options])
 
 
-def show_results(console: Console, run: Run, curve: Curve, folder: Path, title: str, command: str) -> None:
+def show_results(display: Display, run: Run, curve: Curve, folder: Path, title: str, command: str) -> None:
     """Write the table and the picture, and say where they are and what to do next (process 0)."""
+    console = display.console
     folder.mkdir(parents=True, exist_ok=True)
     curve.write_table(folder / "losses.csv")
     curve.draw(folder / "loss.png", title=title, tokens_per_step=run.tokens_per_step)
@@ -188,7 +186,7 @@ def show_results(console: Console, run: Run, curve: Curve, folder: Path, title: 
         f"\n[bold]{len(train)} steps, {len(train) * run.tokens_per_step / 1e6:.2f} M tokens[/]: "
         f"loss {train[0]:.2f} -> {train[-1]:.2f}, validation {validation[-1]:.2f} nats per token "
         f"(guessing blindly: {uniform:.2f}); "
-        f"peak memory {peak_memory_bytes(run.engine.device) / 2**30:.2f} GiB a process",
+        f"memory {display.peak_bytes / 2**30:.2f} GiB a process",
         highlight=False,
         soft_wrap=True,
     )
@@ -236,7 +234,7 @@ def main() -> None:
         folder = arguments.runs / f"{arguments.name or 'gpt-' + arguments.size}-zero{stage}"
         command = next_command(arguments.deepspeed_config, engine.world_size, stage)
         show_samples(display.console, texts)
-        show_results(display.console, run, curve, folder, title, command)
+        show_results(display, run, curve, folder, title, command)
     engine.destroy()
 
 

@@ -128,8 +128,7 @@ def _build_flat(
 
 
 def _grad_plane(flat: Flat, blueprint: Blueprint) -> GradPlane:
-    sharded = flat.plan.master.sharded
-    keep = sharded or blueprint.keep_grads
+    keep = flat.plan.grad.sharded or blueprint.keep_grads
     return GradPlane(flat, bucket_numel=blueprint.bucket_numel, predivide=blueprint.predivide, keep=keep)
 
 

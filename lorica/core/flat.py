@@ -223,13 +223,11 @@ class Flat:
         """Whether a parameter still belongs to this plane (False after `param.data = another tensor`)."""
         return not is_rebound(self.params[index], self._views[index])
 
-    def unbind(self) -> None:
-        """Give every parameter memory of its own, with its present values. Collective if sharded."""
-        self.unshard()
-        self.wait()
-        for param, view in zip(self.params, self._views, strict=True):
-            show(param, view.clone())
-            detach(param)
+    def leave(self) -> None:
+        """The engine ends: whole parameters are the model's own again; sharded ones keep saying where they belonged."""
+        if not self.sharded:
+            for param in self.params:
+                detach(param)
 
     def unshard(self) -> None:
         """Start gathering the parameters, if they are sharded; `wait` makes them usable."""

@@ -13,6 +13,7 @@ While it is whole it is a plain `nn.Parameter`: no overhead, and nothing for `to
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,8 +35,8 @@ _DESCRIPTIVE = {
 }  # fmt: skip
 
 
-# What gives a name to the same values: they are gathered if somebody may want them now, else it is a description only.
-_ALIASES = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+# `param.data` names the same values: they are gathered if somebody may want them now, else it is a description only.
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class OnDemand(Protocol):
@@ -108,11 +109,11 @@ class ShardedParameter(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if getattr(func, "__name__", "") in _DESCRIPTIVE and func not in _ALIASES:
+            if getattr(func, "__name__", "") in _DESCRIPTIVE and func != _DATA:
                 return func(*args, **kwargs)
             for param in _sharded_in((args, kwargs)):
                 record = record_of(param)
-                if (record is None or not record.flat.touched()) and func not in _ALIASES:
+                if (record is None or not record.flat.touched()) and func != _DATA:
                     raise _no_values(param, getattr(func, "__name__", str(func)))
             return func(*args, **kwargs)
 
@@ -138,6 +139,11 @@ def _no_values(param: Tensor, what: str) -> RuntimeError:
 _HOLES: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
+def fill_of(dtype: torch.dtype) -> float:
+    """What a parameter without values holds."""
+    return math.nan if dtype.is_floating_point else 0
+
+
 def hide(param: Tensor, values: Tensor) -> None:
     """Bind `param` to a NaN like `values` and make it a `ShardedParameter` (a subclass of Parameter keeps its class).
 
@@ -147,8 +153,9 @@ def hide(param: Tensor, values: Tensor) -> None:
     key = (values.dtype, values.device)
     hole = _HOLES.get(key)
     if hole is None:
-        fill = float("nan") if values.dtype.is_floating_point else 0
-        hole = _HOLES[key] = torch.full((), fill, dtype=values.dtype, device=values.device)
+        hole = _HOLES[key] = torch.full((), fill_of(values.dtype), dtype=values.dtype, device=values.device)
+    if values.numel() == 1:
+        hole.fill_(fill_of(values.dtype))  # one element has no stride 0 that would refuse a write
     param.data = hole.expand(values.shape)
     if type(param) is nn.Parameter:
         param.__class__ = ShardedParameter

@@ -152,4 +152,4 @@ def test_the_table_of_losses_holds_every_step_and_the_validations(tmp_path: Path
 
 def test_smoothing_takes_the_mean_of_the_last_values() -> None:
     assert curve.smooth([1.0, 2.0, 3.0, 4.0], window=2) == [1.0, 1.5, 2.5, 3.5]
-    assert curve.smooth([]) == []
+    assert curve.smooth([], window=2) == []
