@@ -303,7 +303,7 @@ def _blueprint(config: Config, precision: Precision, chosen: Chosen | None, pred
         optimizer_tier=_tier(zero.offload_optimizer.device),
         bucket_numel=_or_default(zero.reduce_bucket_size, 500_000_000),
         predivide=predivide,
-        keep_grads=config.gradient_accumulation_steps == 1,
+        accumulates=config.gradient_accumulation_steps != 1,
         persist_numel=_or_default(zero.stage3_param_persistence_threshold, 100_000),
         persist_total=zero.stage3_model_persistence_threshold,
     )

@@ -371,8 +371,7 @@ class Engine(nn.Module):
         planned = allocated = StateBytes()
         for unit in self._parts.units:
             for flat in unit.flats:
-                shards = flat.layout.num_shards
-                planned += flat.plan.bytes_per_rank(flat.layout.numel, shards, moments, trainable=flat.trainable)
+                planned += flat.planned_bytes(moments)
                 allocated += flat.held_bytes()
             for grad in unit.grads:
                 allocated += StateBytes(grad=grad.held_bytes())

@@ -97,22 +97,30 @@ class UnitPlan:
         """Whether the parameter's own plane serves as the master: same dtype, same tier."""
         return (self.master.dtype, self.master.tier) == (self.param.dtype, self.param.tier)
 
-    def bytes_per_rank(self, plane_numel: int, num_shards: int, num_moments: int, *, trainable: bool) -> StateBytes:
-        """Bytes that one rank holds of a plane of `plane_numel` elements between two steps.
+    def bytes_per_rank(
+        self, plane_numel: int, num_shards: int, num_moments: int, *, trainable: bool, param_numel: int | None = None
+    ) -> StateBytes:
+        """Bytes that one rank holds of a plane of `plane_numel` elements while gradients exist.
 
         Args:
             num_moments: moment planes of the optimizer (Adam: 2).
             trainable: a frozen plane has parameters only.
+            param_numel: elements without padding (None: there is none).
         """
         param = self.param.bytes(plane_numel, num_shards)
         if not trainable:
             return StateBytes(param=param)
         return StateBytes(
             param=param,
-            grad=self.grad.bytes(plane_numel, num_shards),
+            grad=self._grad_bytes(plane_numel, num_shards, param_numel or plane_numel),
             master=0 if self.master_is_param else self.master.bytes(plane_numel, num_shards),
             moments=num_moments * self.moments.bytes(plane_numel, num_shards),
         )
+
+
+    def _grad_bytes(self, plane_numel: int, num_shards: int, param_numel: int) -> int:
+        in_autograd = not self.grad.sharded and self.master.sharded and self.grad.dtype == self.param.dtype
+        return self.grad.bytes(param_numel if in_autograd else plane_numel, num_shards)
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,7 @@ class Request:
     accum_dtype: str
     comm_dtype: str
     master_dtype: str = "float32"
+    accumulates: bool = True  # several micro-steps per update
     param_tier: str = "device"
     optimizer_tier: str = "device"
 
@@ -175,10 +184,11 @@ def plan_unit(request: Request) -> UnitPlan:
     def axes(flag: bool) -> tuple[str, ...]:
         return (SHARD_AXIS,) if flag else ()
 
+    reduced_at_once = sharded.grad or (sharded.states and not request.accumulates)
     return UnitPlan(
         stage=request.stage,
         param=Placement(axes(sharded.param), request.param_tier, request.param_dtype),
-        grad=Placement(axes(sharded.grad), "device", request.accum_dtype),
+        grad=Placement(axes(reduced_at_once), "device", request.accum_dtype),
         master=Placement(axes(sharded.states), request.optimizer_tier, request.master_dtype),
         moments=Placement(axes(sharded.states), request.optimizer_tier, request.master_dtype),
         comm_dtype=request.comm_dtype,

@@ -198,7 +198,7 @@ class OlderConfig(transformers.PretrainedConfig):
 
 
 class OlderStyle(transformers.PreTrainedModel):
-    """What code on the hub does: weights are initialised and replaced through `.data`, and used outside their module."""
+    """What code on the hub does: weights are initialised and replaced through `.data`, and used by other modules."""
 
     config_class = OlderConfig
     _no_split_modules = ("Linear",)

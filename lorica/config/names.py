@@ -92,7 +92,8 @@ def known_places() -> dict[str, tuple[Path, ...]]:
     places: dict[str, dict[Path, None]] = {}
     for entry in all_entries():
         for written in (entry.path[-1], *entry.info.aliases, *entry.info.deprecated):
-            places.setdefault(written, {})[(*entry.path[:-1], written)] = None
+            place = (*entry.path[:-1], written)
+            places.setdefault(written, {})[place] = None
     return {name: tuple(found) for name, found in places.items()}
 
 

@@ -38,7 +38,7 @@ class Blueprint:
         group_of: optimizer param group by id(parameter); absent: no optimizer updates it.
         bucket_numel: staging elements of one gradient reduction.
         predivide: see `GradPlane`.
-        keep_grads: keep unsharded gradient planes between steps.
+        accumulates: whether an update takes several micro-steps.
         persist_numel: planes whose parameters are all at most this large stay whole at stage 3 ...
         persist_total: ... up to this many elements in all.
     """
@@ -50,7 +50,7 @@ class Blueprint:
     optimizer_tier: str = "device"
     bucket_numel: int = 500_000_000
     predivide: float = 1.0
-    keep_grads: bool = True
+    accumulates: bool = False
     persist_numel: int = 0
     persist_total: int = 2**62
 
@@ -104,6 +104,7 @@ def _plan(key: Key, blueprint: Blueprint) -> UnitPlan:
             accum_dtype=dtype_name(precision.accum_dtype_of(key.dtype)),
             comm_dtype=dtype_name(precision.comm_dtype_of(key.dtype)),
             master_dtype=dtype_name(precision.master_dtype_of(key.dtype)),
+            accumulates=blueprint.accumulates,
             param_tier=blueprint.param_tier,
             optimizer_tier=blueprint.optimizer_tier,
         )
@@ -128,7 +129,7 @@ def _build_flat(
 
 
 def _grad_plane(flat: Flat, blueprint: Blueprint) -> GradPlane:
-    keep = flat.plan.grad.sharded or blueprint.keep_grads
+    keep = flat.plan.grad.sharded or not blueprint.accumulates  # else autograd's own gradients need the room
     return GradPlane(flat, bucket_numel=blueprint.bucket_numel, predivide=blueprint.predivide, keep=keep)
 
 

@@ -72,6 +72,7 @@ class Flat:
         self.moments: dict[str, Tensor] = {}
         self.on_demand: OnDemand | None = None
         self.grad_plane: GradPlane | None = None
+        self.destroyed = False  # its engine has ended
         self.holders = 0  # contexts that need the plane to stay whole
         self._gather: Handle | None = None
         self._source: Tensor | None = None
@@ -134,6 +135,17 @@ class Flat:
     def master_start(self) -> int:
         """The plane element at which `master` begins."""
         return self.start if self.plan.master.sharded else 0
+
+    def planned_bytes(self, num_moments: int) -> StateBytes:
+        """What the plan says this rank holds of the plane and its gradient."""
+        layout = self.layout
+        return self.plan.bytes_per_rank(
+            layout.numel,
+            layout.num_shards,
+            num_moments,
+            trainable=self.trainable,
+            param_numel=sum(slot.numel for slot in layout.slots),
+        )
 
     def held_bytes(self) -> StateBytes:
         """Bytes that this rank holds between steps, by kind, counted from the tensors (gradients: see GradPlane)."""
@@ -225,6 +237,7 @@ class Flat:
 
     def leave(self) -> None:
         """The engine ends: whole parameters are the model's own again; sharded ones keep saying where they belonged."""
+        self.destroyed, self.on_demand = True, None
         if not self.sharded:
             for param in self.params:
                 detach(param)

