@@ -152,10 +152,10 @@ def medians(results: list[dict[str, Any]]) -> dict[str, Any] | None:
 def sent(row: dict[str, Any]) -> str:
     """Bytes sent per rank and step: what the engine counts itself, else what went through sockets."""
     if row["counted_bytes"] is not None:
-        return f"{row['counted_bytes'] / 1e6:.0f}" + (
+        return f"{row['counted_bytes'] / 1e6:.3g}" + (
             " (shm)" if row["socket_bytes"] < row["counted_bytes"] / 2 else ""
         )
-    return f"{row['socket_bytes'] / 1e6:.0f}"
+    return f"{row['socket_bytes'] / 1e6:.3g}"
 
 
 def ratio(row: dict[str, Any], reference: dict[str, Any] | None, key: str) -> str:

@@ -20,7 +20,20 @@ _EXPORTS = {
 }
 _SUBMODULES = ("zero", "comm", "config", "optim", "schedules")
 
-__all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Engine",
+    "__version__",
+    "add_config_arguments",
+    "comm",
+    "config",
+    "init_distributed",
+    "initialize",
+    "optim",
+    "schedules",
+    "zero",
+]
 
 if TYPE_CHECKING:
     from lorica import comm, config, optim, schedules, zero

@@ -242,7 +242,7 @@ class Engine(nn.Module):
         skipped = not finite and self._skips_nonfinite()
         self._step_applied = not skipped
         assert self.optimizer is not None
-        self.optimizer.overflow = skipped
+        self.optimizer.note_update(applied=not skipped)
         if skipped:
             self.skipped_steps += 1
             self._report_nonfinite()

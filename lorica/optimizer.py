@@ -57,6 +57,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._step()
         return loss
 
+    def note_update(self, *, applied: bool) -> None:
+        """An update was made or skipped. torch's schedulers warn unless they see that `step` was called before them."""
+        self.overflow = not applied
+        for optimizer in (self, self.client):
+            if applied and optimizer is not None:
+                optimizer._opt_called = True  # type: ignore[attr-defined]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, those already reduced among them."""
         self._zero()

@@ -182,8 +182,7 @@ def train_with_evaluation(family: str, stage: int) -> Report:
     return finish(engine, report)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("family", ["llama", "qwen3-moe", "t5"])
+@pytest.mark.parametrize(("family", "stage"), [("llama", 1), ("llama", 2), ("llama", 3), ("qwen3-moe", 3), ("t5", 3)])
 def test_evaluation_between_steps_changes_no_bit(
     ranks: Callable[[int], Ranks], plain: Plain, family: str, stage: int
 ) -> None:
@@ -395,7 +394,7 @@ def train_and_save(family: str, stage: int, folder: Path, precision: str) -> Sav
     state = engine.consolidated_state_dict()
     if dist.get_rank() == 0:
         engine.module.config.save_pretrained(folder)
-        engine.module.save_pretrained(folder / "hf", state_dict=state)
+        engine.module.save_pretrained(folder / "hf", state_dict=dict(state))  # it empties what it is given
     logits = logits_of(engine.eval(), family)
     engine.destroy()
     return Saved(state, logits)
