@@ -2,7 +2,7 @@
 
 A model that is larger than one rank's memory never exists whole: when a module's constructor returns, its own
 parameters are given rank 0's values, sharded over all ranks, and freed. `lorica.initialize` regroups them into units
-later, one at a time. Masters keep the precision in which the constructors made the values.
+later, one at a time, and rounds to the compute dtype only then: masters keep the values that the constructors made.
 
 [Note: patching constructors] Python offers no event for "this object is constructed". So, while the context is open,
 `__init__` of every `nn.Module` class is wrapped, and classes made meanwhile are wrapped by `__init_subclass__`. The
@@ -32,7 +32,6 @@ from lorica.core.flat import Flat, Site
 from lorica.core.parameter import ParamRecord, detach, record_of
 from lorica.layout import Entry, build_layout
 from lorica.plan import Request, plan_unit
-from lorica.precision import Precision
 
 MAX_REOPENED = 8
 _PLANES = "_lorica_init_planes"  # where a module keeps the planes of its parameters until initialize
@@ -63,9 +62,9 @@ class Init:
             mem_efficient_linear: accepted; freed weights share their storage, no copy is kept anyway.
             remote_device: "cpu" keeps the shards in host memory; None or "none": as the configuration says.
             pin_memory: accepted; host shards are pinned as the configuration says.
-            config_dict_or_path, config: the configuration; only precision, offload_param and mics_shard_size are read.
+            config_dict_or_path, config: the configuration; only offload_param, mics_shard_size and "lorica" are read.
             enabled: False makes the context do nothing.
-            dtype: of the parameters; None: as the configuration says.
+            dtype: of floating-point parameters; None: as the constructors make them.
         """
         self.enabled = enabled
         self._stack = ExitStack()
@@ -75,7 +74,6 @@ class Init:
 
         init_distributed()
         settings = load(_relevant(config_dict_or_path if config_dict_or_path is not None else config))
-        self._precision = Precision.from_config(settings)
         self._dtype = dtype
         self._tier = (
             "host" if remote_device == "cpu" or settings.zero_optimization.offload_param.device == "cpu" else "device"
@@ -116,7 +114,7 @@ class Init:
             holder.append(flat)
 
     def _make_plane(self, name: str, param: nn.Parameter) -> Flat:
-        dtype = self._dtype or self._precision.compute_dtype_of(param.dtype)
+        dtype = self._dtype if self._dtype is not None and param.is_floating_point() else param.dtype
         plan = plan_unit(
             Request(
                 stage=3,
@@ -195,7 +193,7 @@ def _relevant(source: Any) -> Any:
     """Only what `Init` reads: a client's configuration may still hold "auto" elsewhere."""
     if not isinstance(source, dict):
         return source if source is not None else _BARE
-    kept = {k: source[k] for k in ("fp16", "bf16", "bfloat16", "data_types", "lorica") if k in source}
+    kept = {"lorica": source["lorica"]} if "lorica" in source else {}
     zero = source.get("zero_optimization", {})
     zero = {k: zero[k] for k in ("offload_param", "mics_shard_size") if k in zero} if isinstance(zero, dict) else {}
     return {**_BARE, **kept, "zero_optimization": {"stage": 3, **zero}}

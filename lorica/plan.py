@@ -117,7 +117,6 @@ class UnitPlan:
             moments=num_moments * self.moments.bytes(plane_numel, num_shards),
         )
 
-
     def _grad_bytes(self, plane_numel: int, num_shards: int, param_numel: int) -> int:
         in_autograd = not self.grad.sharded and self.master.sharded and self.grad.dtype == self.param.dtype
         return self.grad.bytes(param_numel if in_autograd else plane_numel, num_shards)

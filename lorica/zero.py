@@ -91,12 +91,18 @@ def _records(params: Iterable[nn.Parameter] | nn.Parameter) -> list[ParamRecord]
 
 
 def adopt(record: ParamRecord, source: int) -> None:
-    """Make rank `source`'s present values of one whole parameter everybody's, in every plane. Collective."""
+    """Make rank `source`'s present values of one whole parameter everybody's, in every plane. Collective.
+
+    Values that were assigned (`param.data = x`) count as values that were written in place.
+
+    Raises:
+        ValueError: if a tensor of another shape was assigned.
+    """
     flat = record.flat
     slot = flat.layout.slots[record.index]
     if slot.numel == 0:
         return
-    values = flat.full[slot.start : slot.stop].clone()
+    values = _present_values(record)
     site = flat.site
     shard_size = site.shard.world_size
     site.shard.broadcast(values, source % shard_size).wait()
@@ -106,6 +112,22 @@ def adopt(record: ParamRecord, source: int) -> None:
     before = flat.collect_master(record.index).reshape(-1)
     changed = before.to(values.dtype) != values  # what was not touched keeps its full-precision master
     flat.fill(record.index, torch.where(changed, values.to(before.dtype), before))
+    flat.rebind(record.index)
+
+
+def _present_values(record: ParamRecord) -> Tensor:
+    """A copy [numel] of what this rank's parameter holds now, in the plane's dtype."""
+    flat, index = record.flat, record.index
+    slot = flat.layout.slots[index]
+    if flat.is_bound(index):
+        return flat.full[slot.start : slot.stop].clone()
+    assigned = flat.params[index].detach()
+    if tuple(assigned.shape) != slot.shape:
+        raise ValueError(
+            f"GatheredParameters: expected values of shape {slot.shape} for {record.name}, but a tensor of shape "
+            f"{tuple(assigned.shape)} was assigned. Fix: change shapes before lorica.initialize."
+        )
+    return assigned.to(flat.site.device, flat.dtype, copy=True).reshape(-1)
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:

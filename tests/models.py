@@ -6,6 +6,7 @@ an endless stream, and `model(*batch)` is a scalar loss in fp32. Shapes: B batch
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -243,6 +244,152 @@ class Nested(nn.Module):
         return F.mse_loss(total_BD, y_BD)
 
 
+class Segments(nn.Module):
+    """Checkpoints around pairs of blocks, around all of them, and inside one of them."""
+
+    def __init__(self, use_reentrant: bool, dim: int = 32) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+        self.enter = nn.Linear(dim, dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads=2) for _ in range(4))
+
+    def pair(self, start: int, h_BLD: Tensor) -> Tensor:
+        """Two blocks, the second one under a checkpoint of its own."""
+        inner = checkpoint(self.blocks[start + 1], self.blocks[start](h_BLD), use_reentrant=self.use_reentrant)
+        assert isinstance(inner, Tensor)
+        return inner
+
+    def all_pairs(self, h_BLD: Tensor) -> Tensor:
+        """Both pairs, each checkpointed."""
+        for start in (0, 2):
+            h_BLD = checkpoint(self.pair, start, h_BLD, use_reentrant=self.use_reentrant)
+        return h_BLD
+
+    def forward(self, x_BD: Tensor, y_BD: Tensor) -> Tensor:
+        h_BLD = checkpoint(self.all_pairs, self.enter(x_BD).unsqueeze(1), use_reentrant=self.use_reentrant)
+        assert isinstance(h_BLD, Tensor)
+        return F.mse_loss(h_BLD.squeeze(1), y_BD)
+
+
+class TwoFaced(nn.Module):
+    """A block with keyword arguments and several outputs, of which the model uses some."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.main, self.side, self.unused = nn.Linear(dim, dim), nn.Linear(dim, 1), nn.Linear(dim, dim)
+
+    def forward(self, x_BD: Tensor, *, options: dict[str, Any]) -> dict[str, Any]:
+        h_BD = torch.tanh(self.main(x_BD)) * options["gain"]
+        return {"hidden": x_BD + h_BD, "extras": (self.side(h_BD), [self.unused(h_BD), None, "text"])}
+
+
+class Structured(nn.Module):
+    """Blocks that speak in dictionaries, tuples and lists."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TwoFaced(dim) for _ in range(3))
+
+    def forward(self, x_BD: Tensor, y_BD: Tensor) -> Tensor:
+        sides = []
+        for block in self.blocks:
+            output = block(x_BD, options={"gain": 0.5})
+            x_BD = output["hidden"]
+            sides.append(output["extras"][0])
+        return F.mse_loss(x_BD, y_BD) + 0.01 * torch.stack(sides).square().mean()
+
+
+class SharedAcross(nn.Module):
+    """Two blocks that own the same weight, and a weight that the model reads though a block owns it."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, dim)) for _ in range(3)
+        )
+        last, first = self.blocks[2].get_submodule("2"), self.blocks[0].get_submodule("0")
+        last.weight = first.weight
+
+    def forward(self, x_BD: Tensor, y_BD: Tensor) -> Tensor:
+        h_BD = x_BD
+        for block in self.blocks:
+            h_BD = h_BD + block(h_BD)
+        return F.mse_loss(F.linear(h_BD, self.blocks[1].get_submodule("0").weight), y_BD)
+
+
+class Autocast(nn.Module):
+    """fp32 weights, bf16 matrix products by autocast."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.inner = Nested(dim)
+
+    def forward(self, x_BD: Tensor, y_BD: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self.inner(x_BD, y_BD)
+        assert isinstance(loss, Tensor)
+        return loss.float()
+
+
+class Trap(torch.autograd.Function):
+    """The identity, but its backward raises if the input is marked with a huge number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, marked: bool) -> Tensor:
+        ctx.marked = marked
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.marked:
+            raise ArithmeticError("the backward of this batch fails")
+        return grad, None
+
+
+class Fragile(nn.Module):
+    """Fails on marked batches, in the middle of forward (x = 1000) or of backward (x = 2000)."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(dim, dim), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x_BD: Tensor, y_BD: Tensor) -> Tensor:
+        mark = x_BD[0, 0].item()
+        for depth, block in enumerate(self.blocks):
+            if depth == 2 and mark == 1000:
+                raise ArithmeticError("the forward of this batch fails")
+            x_BD = Trap.apply(block(x_BD), depth == 2 and mark == 2000)
+        return F.mse_loss(x_BD, y_BD)
+
+
+def with_hooks(model: nn.Module) -> nn.Module:
+    """The user's own hooks on parameters: they change gradients."""
+    for parameter in model.parameters():
+        parameter.register_hook(lambda grad: grad * 0.5 + 0.001)
+    return model
+
+
+class SelfInitialised(nn.Module):
+    """The constructor changes the weights of its submodules: by `apply`."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(3))
+        self.apply(self.initialise)
+
+    @staticmethod
+    def initialise(module: nn.Module) -> None:
+        """Normal weights and no bias, as GPTs have it."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.3)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x_BD: Tensor, y_BD: Tensor) -> Tensor:
+        for layer in self.layers:
+            x_BD = x_BD + torch.tanh(layer(x_BD))
+        return F.mse_loss(x_BD, y_BD)
+
+
 class Repeated(nn.Module):
     """One block called several times in a forward (ALBERT), and a parameter that two modules share."""
 
@@ -331,5 +478,13 @@ RECIPES: dict[str, Recipe] = {
     "mixed dtypes": Recipe(MixedDtypes, vectors()),
     "buffers": Recipe(Buffers, vectors()),
     "nested lists": Recipe(Nested, vectors()),
+    "nested reentrant checkpoints": Recipe(lambda: Segments(use_reentrant=True), vectors()),
+    "nested non-reentrant checkpoints": Recipe(lambda: Segments(use_reentrant=False), vectors()),
+    "structured outputs": Recipe(Structured, vectors()),
+    "weights shared across blocks": Recipe(SharedAcross, vectors()),
+    "autocast": Recipe(Autocast, vectors()),
+    "fragile": Recipe(Fragile, vectors()),
+    "hooks on parameters": Recipe(lambda: with_hooks(Nested()), vectors()),
+    "self-initialised": Recipe(SelfInitialised, vectors()),
     "repeated block": Recipe(Repeated, vectors()),
 }

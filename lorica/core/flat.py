@@ -235,6 +235,11 @@ class Flat:
         """Whether a parameter still belongs to this plane (False after `param.data = another tensor`)."""
         return not is_rebound(self.params[index], self._views[index])
 
+    def rebind(self, index: int) -> None:
+        """Make a parameter that was given another tensor a view of this (gathered) plane again."""
+        if not self.is_bound(index):
+            show(self.params[index], self._views[index])
+
     def leave(self) -> None:
         """The engine ends: whole parameters are the model's own again; sharded ones keep saying where they belonged."""
         self.destroyed, self.on_demand = True, None

@@ -18,9 +18,11 @@ is an eighth of it. Rounding the oracle's own sum gives 7e-4 and 1.3e-4, with no
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -29,6 +31,8 @@ from tests.equivalence.training import (
     SMALL_BUCKET,
     Trained,
     Training,
+    adamw,
+    expected,
     largest_difference,
     relative_difference,
     rms_difference,
@@ -96,3 +100,21 @@ def test_all_stages_agree_within_the_order_of_summation(trained: Trained, traini
     for stage in (1, 2, 3):
         run = trained.run(replace(training, stage=stage))
         assert relative_difference(run.losses, plain.losses) < LOSS_TOLERANCE[training.precision]
+
+
+WRONG = {
+    "weight decay off by 1 %": {"optimizer": functools.partial(adamw, weight_decay=0.101)},
+    "learning rate off by 0.1 %": {"optimizer": functools.partial(adamw, lr=3.003e-3)},
+    "clipping off by 1 %": {"clip": 1.01},
+    "no clipping": {"clip": 0.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("precision", "wrong"),
+    [*(("fp32", name) for name in WRONG), ("bf16", "no clipping"), ("fp16", "no clipping")],
+)
+def test_the_tolerances_notice_a_wrong_step(trained: Trained, precision: Any, wrong: str) -> None:
+    training = Training(precision=precision, accumulation=3)
+    difference = relative_difference(expected(training, **WRONG[wrong]).losses, trained.oracle(training).losses)
+    assert difference > 2 * LOSS_TOLERANCE[precision]

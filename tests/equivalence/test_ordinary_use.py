@@ -59,7 +59,9 @@ def is_same(run: Outcome, reference: Outcome) -> None:
 MODELS = [
     *("gpt, tied head", "gpt, functional head", "gpt, reentrant checkpointing", "gpt, non-reentrant checkpointing"),
     *("gpt, compiled blocks", "branching", "experts", "blocks in any order", "frozen", "frozen, half-precision base"),
-    *("odd shapes", "mixed dtypes", "buffers", "nested lists", "repeated block"),
+    *("odd shapes", "mixed dtypes", "buffers", "nested lists", "repeated block", "self-initialised", "autocast"),
+    *("structured outputs", "weights shared across blocks", "hooks on parameters"),
+    *("nested reentrant checkpoints", "nested non-reentrant checkpoints"),
 ]
 
 
@@ -225,6 +227,110 @@ def test_two_engines_in_one_process_do_not_disturb_each_other(trained: Trained, 
         is_same(outcome([both[index] for both in reports]), trained.run(replace(PLAIN, stage=stage)))
 
 
+# Loops that take detours ----------------------------------------------------------------------------------------------
+
+
+def marked(training: Training, mark: float) -> tuple[Tensor, ...]:
+    """A batch on which "fragile" fails."""
+    x_BD, y_BD = training.micro_batch(0, 0, 0)
+    return torch.full_like(x_BD, mark), y_BD
+
+
+def fail_in_forward(engine: Any, training: Training) -> None:
+    """A batch on which forward raises, on all ranks."""
+    with pytest.raises(ArithmeticError, match="forward of this batch"):
+        engine(*marked(training, 1000))
+
+
+def fail_in_backward(engine: Any, training: Training) -> None:
+    """A batch on which backward raises half way; its gradients are dropped."""
+    with pytest.raises(ArithmeticError, match="backward of this batch"):
+        engine.backward(engine(*marked(training, 2000)))
+    engine.zero_grad()
+
+
+def forget_a_graph(engine: Any, training: Training) -> None:
+    """A forward whose loss nobody wants."""
+    engine(*training.micro_batch(0, 0, 0))
+
+
+def evaluate_in_inference_mode(engine: Any, training: Training) -> None:
+    """A forward under `torch.inference_mode`."""
+    engine.eval()
+    with torch.inference_mode():
+        engine(*training.micro_batch(0, 0, 0))
+    engine.train()
+
+
+def read_the_state(engine: Any, training: Training) -> None:
+    """Look at everything that can be read in the middle of training."""
+    parameters = list(engine.module.parameters())
+    with lorica.zero.GatheredParameters(parameters):
+        assert all(p.isfinite().all() for p in parameters)
+    assert all(torch.isfinite(lorica.zero.safe_get_full_fp32_param(p)).all() for p in parameters)
+    assert (engine.consolidated_state_dict() is not None) == (dist.get_rank() == 0)
+
+
+DETOURS = [fail_in_forward, fail_in_backward, forget_a_graph, evaluate_in_inference_mode, read_the_state]
+
+
+def loop_with_detour(training: Training, detour: Callable[[Any, Training], None]) -> Report:
+    """The ordinary loop with something else before every step."""
+    engine, report, rank = start(training), Report(), dist.get_rank()
+    for step in range(training.num_steps):
+        detour(engine, training)
+        loss = engine(*training.micro_batch(step, 0, rank))
+        engine.backward(loss)
+        engine.step()
+        record_step(engine, report, [loss.item()], 1.0)
+    return finish(engine, report)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("detour", [pytest.param(detour, id=detour.__name__.replace("_", " ")) for detour in DETOURS])
+def test_a_detour_leaves_no_trace(
+    trained: Trained, ranks: Callable[[int], Ranks], detour: Callable[..., None], stage: int
+) -> None:
+    training = replace(PLAIN, recipe="fragile", stage=stage)
+    is_same(outcome(ranks(2).run(loop_with_detour, training=training, detour=detour)), trained.run(training))
+
+
+def loop_with_interleaved_graphs(training: Training) -> Report:
+    """Forward, forward, backward of the first, backward of the second."""
+    config = training.config() | {"gradient_accumulation_steps": 1}
+    engine, report, rank = start(training, config), Report(), dist.get_rank()
+    for step in range(training.num_steps):
+        losses = [engine(*training.micro_batch(step, micro_step, rank)) for micro_step in range(training.accumulation)]
+        for loss in losses:
+            engine.backward(loss / training.accumulation)
+        engine.step()
+        record_step(engine, report, [loss.item() for loss in losses], 1.0)
+    return finish(engine, report)
+
+
+def loop_with_two_backwards_of_one_graph(training: Training) -> Report:
+    """`retain_graph`: half of the gradient from each of two backward passes through the same graph."""
+    config = training.config() | {"gradient_accumulation_steps": 1}
+    engine, report, rank = start(training, config), Report(), dist.get_rank()
+    for step in range(training.num_steps):
+        losses = [engine(*training.micro_batch(step, micro_step, rank)) for micro_step in range(training.accumulation)]
+        half = torch.stack(losses).mean() / 2
+        engine.backward(half, retain_graph=True)
+        engine.backward(half)
+        engine.step()
+        record_step(engine, report, [loss.item() for loss in losses], 1.0)
+    return finish(engine, report)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "loop", [loop_with_interleaved_graphs, loop_with_two_backwards_of_one_graph], ids=["interleaved", "retained"]
+)
+def test_graphs_may_overlap(ranks: Callable[[int], Ranks], loop: Callable[..., Report], stage: int) -> None:
+    training = replace(PLAIN, stage=stage, accumulation=2)
+    follows(outcome(ranks(2).run(loop, training=training)), expected(training))
+
+
 # Optimizers, groups, schedules ----------------------------------------------------------------------------------------
 
 
@@ -378,6 +484,29 @@ def test_steps_that_overflow_are_skipped_and_the_scale_recovers(ranks: Callable[
     assert relative_difference(run.losses, reference.losses) < 3e-4
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_dividing_before_the_sum_is_dividing_after_it(ranks: Callable[[int], Ranks], stage: int) -> None:
+    training = replace(PLAIN, stage=stage)
+    config = training.config() | {"prescale_gradients": True, "gradient_predivide_factor": 2.0}
+    follows(outcome(ranks(2).run(train, training=training, config=config)), expected(training))
+
+
+def sgd(named: dict[str, Tensor], lr: float) -> torch.optim.Optimizer:
+    """Plain gradient descent."""
+    return torch.optim.SGD(list(named.values()), lr=lr)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_gradients_can_be_summed_instead_of_averaged(ranks: Callable[[int], Ranks], stage: int) -> None:
+    training = replace(PLAIN, stage=stage, clip=0.0)
+    optimizer = {"type": "SGD", "params": {"lr": 0.05}}
+    config = training.config() | {"gradient_allreduce_op": "sum", "optimizer": optimizer}
+    run = outcome(ranks(2).run(train, training=training, config=config))
+    reference = expected(training, optimizer=functools.partial(sgd, lr=2 * 0.05))
+    assert relative_difference(run.losses, reference.losses) < EXACT
+    assert largest_difference(run.parameters, reference.parameters) < 1e-6
+
+
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
@@ -435,6 +564,16 @@ def test_the_optimizer_on_the_host_tier_changes_no_bit(
 def test_parameters_on_the_host_tier_change_no_bit(trained: Trained, ranks: Callable[[int], Ranks]) -> None:
     training = replace(PLAIN, recipe="gpt", stage=3, accumulation=2)
     config = with_zero(training, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu"})
+    is_same(outcome(ranks(2).run(train, training=training, config=config)), trained.run(training))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sockets_and_shared_memory_give_the_same_bits(
+    trained: Trained, ranks: Callable[[int], Ranks], stage: int
+) -> None:
+    training = replace(PLAIN, recipe="gpt", stage=stage, accumulation=2)
+    config = training.config()
+    config["lorica"]["transport"] = "gloo"
     is_same(outcome(ranks(2).run(train, training=training, config=config)), trained.run(training))
 
 

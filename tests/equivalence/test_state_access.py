@@ -170,7 +170,7 @@ def train_model_built_sharded(training: Training) -> Report:
     return finish(engine, report)
 
 
-@pytest.mark.parametrize("recipe", ["nested lists", "gpt", "gpt, tied head", "odd shapes"])
+@pytest.mark.parametrize("recipe", ["nested lists", "gpt", "gpt, tied head", "odd shapes", "self-initialised"])
 def test_a_model_built_sharded_trains_as_the_oracle(ranks: Callable[[int], Ranks], recipe: str) -> None:
     training = replace(PLAIN, recipe=recipe, stage=3)
     run, reference = outcome(ranks(2).run(train_model_built_sharded, training=training)), expected(training)

@@ -173,9 +173,9 @@ def outcome(reports: list[Report]) -> Outcome:
     return Outcome(losses, first.norms, first.scales, first.parameters, first.digest)
 
 
-def adamw(parameters: dict[str, Tensor]) -> torch.optim.Optimizer:
+def adamw(parameters: dict[str, Tensor], **changes: Any) -> torch.optim.Optimizer:
     """The optimizer of `Training.config`, on the oracle's masters."""
-    return torch.optim.AdamW(list(parameters.values()), **ADAMW)
+    return torch.optim.AdamW(list(parameters.values()), **(ADAMW | changes))
 
 
 def expected(training: Training, **changes: Any) -> oracle.Run:

@@ -47,7 +47,12 @@ def test_communication_overlaps_by_default_at_stage_3_only(stage: int, overlap: 
 
 
 def test_whole_floats_are_read_as_integers_without_a_word() -> None:
-    config = load({"train_batch_size": 8.0, "zero_optimization": {"reduce_bucket_size": 5e8, "stage3_model_persistence_threshold": 1e12}})
+    config = load(
+        {
+            "train_batch_size": 8.0,
+            "zero_optimization": {"reduce_bucket_size": 5e8, "stage3_model_persistence_threshold": 1e12},
+        }
+    )
     assert config.zero_optimization.reduce_bucket_size == 500_000_000
     assert isinstance(config.zero_optimization.stage3_model_persistence_threshold, int)
     assert config.warnings == ()
