@@ -6,7 +6,6 @@ an endless stream, and `model(*batch)` is a scalar loss in fp32. Shapes: B batch
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal

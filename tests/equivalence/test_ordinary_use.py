@@ -65,13 +65,30 @@ MODELS = [
 ]
 
 
+def tolerance(recipe: str) -> tuple[float, float]:
+    """Of losses and of parameters: bf16 gradients may be rounded once per addition, see test_matrix.py."""
+    return (1e-3, 1e-2) if recipe == "mixed dtypes" else (EXACT, 1e-4)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("recipe", MODELS)
 def test_a_model_of_any_kind_trains_as_the_oracle(trained: Trained, recipe: str, stage: int) -> None:
     training = Training(recipe=recipe, stage=stage, accumulation=2, num_steps=8)
-    # mixed dtypes: the gradients of bf16 weights may be rounded once per addition, see test_matrix.py
-    loss, parameters = (1e-3, 1e-2) if recipe == "mixed dtypes" else (EXACT, 1e-4)
-    follows(trained.run(training), trained.oracle(training), loss, parameters)
+    follows(trained.run(training), trained.oracle(training), *tolerance(recipe))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("recipe", [name for name in MODELS if name != "gpt, compiled blocks"])
+def test_a_model_of_any_kind_trains_on_one_rank(trained: Trained, recipe: str, stage: int) -> None:
+    training = Training(recipe=recipe, stage=stage, world_size=1, accumulation=2, num_steps=4)
+    follows(trained.run(training), trained.oracle(training), *tolerance(recipe))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("recipe", ["gpt", "odd shapes", "experts"])
+def test_an_odd_number_of_ranks_trains_as_the_oracle(trained: Trained, recipe: str, stage: int) -> None:
+    training = Training(recipe=recipe, stage=stage, world_size=3, num_steps=8)
+    follows(trained.run(training), trained.oracle(training))
 
 
 @pytest.mark.slow
