@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NamedTuple
 
 USAGE_ERROR = 2
+PIPE_CLOSED = 141  # what a shell makes of SIGPIPE
 
 
 class Command(NamedTuple):
@@ -36,6 +38,16 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return its exit code."""
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has seen enough (`lorica check FILE | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -49,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         return _launch(words)
     if words[0] == "run":
-        return main(["--help"]) if words[1:2] in (["-h"], ["--help"]) else _launch(words[1:])
+        return _run(["--help"]) if words[1:2] in (["-h"], ["--help"]) else _launch(words[1:])
     return command.load()(words[1:])
 
 

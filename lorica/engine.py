@@ -7,7 +7,7 @@ in `core/`, arithmetic in `optim/`, transport in `comm/`. `construct.py` builds 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from lorica.core.norm import global_norm
 from lorica.core.prefetch import Prefetcher
 from lorica.core.unit import Unit
 from lorica.data import make_loader, route_shuffles
-from lorica.export import consolidated_state_dict, save_safetensors
+from lorica.export import consolidated_state_dict, load_whole_state_dict, save_safetensors
 from lorica.log import logger
 from lorica.monitor import Monitor, Throughput, Timers, progress_line, training_events
 from lorica.monitor.timers import breakdown_lines
@@ -420,6 +420,39 @@ class Engine(nn.Module):
         if self.zero_optimization_partition_weights():
             return self.consolidated_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
         return self.module.state_dict()
+
+    def load_module_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Load a whole model's values: parameters, their masters, buffers. Moments and counters stay.
+
+        Args:
+            state_dict: whole tensors by name, the same on all ranks.
+            strict: refuse names that are missing or left over.
+        Raises:
+            ValueError: for such names, or a tensor of another shape; nothing is changed then.
+        """
+        load_whole_state_dict(self.module, state_dict, strict=strict)
+
+    def save_checkpoint(self, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Not there yet.
+
+        Raises:
+            NotImplementedError: always; says what works instead.
+        """
+        raise NotImplementedError(
+            "engine.save_checkpoint: training checkpoints are not there yet. Fix: engine.save_16bit_model(save_dir) "
+            "writes the whole model as safetensors."
+        )
+
+    def load_checkpoint(self, load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> tuple[str, Any]:
+        """Not there yet.
+
+        Raises:
+            NotImplementedError: always; says what works instead.
+        """
+        raise NotImplementedError(
+            "engine.load_checkpoint: training checkpoints are not there yet. Fix: engine.load_module_state_dict() "
+            "loads a model's weights."
+        )
 
     def destroy(self) -> None:
         """Free everything: hooks, planes, moments, transports. The engine cannot be used afterwards."""

@@ -1,11 +1,12 @@
-"""Whole models out of sharded planes: a consolidated state dict, one safetensors file. Makes no checkpoints."""
+"""Whole models out of sharded planes and into them: state dicts, one safetensors file. Makes no checkpoints."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from lorica.core.flat import Flat
@@ -38,6 +39,35 @@ def consolidated_state_dict(model: nn.Module, *, exclude_frozen: bool, keep: boo
         for name, value in state.items()
         if not (exclude_frozen and isinstance(value, nn.Parameter) and not value.requires_grad)
     }
+
+
+def load_whole_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> None:
+    """Write whole tensors into the planes and buffers of `model`. Collective.
+
+    Raises:
+        ValueError: for names that are missing or left over (if `strict`), or shapes that differ.
+    """
+    own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [f"{n}: {tuple(state[n].shape)}, not {tuple(own[n].shape)}" for n in own if not _fits(own[n], state.get(n))]
+    if wrong or (strict and (missing or unknown)):
+        raise ValueError(
+            f"load_module_state_dict: expected the tensors of the model, got missing {missing}, unknown {unknown}, "
+            f"other shapes {wrong}. Fix: pass this model's whole state dict, or strict=False to skip names."
+        )
+    for flat in _planes(own.values()):
+        flat.site.shard.fence()
+    for name in own.keys() & state.keys():
+        record = record_of(own[name])
+        if record is not None:
+            record.flat.fill(record.index, state[name].to(record.flat.site.device))
+        else:
+            with torch.no_grad():
+                own[name].copy_(state[name])
+
+
+def _fits(own: Tensor, given: Tensor | None) -> bool:
+    return given is None or given.shape == own.shape
 
 
 def _planes(values: Iterable[Tensor]) -> list[Flat]:
