@@ -35,9 +35,12 @@ from lorica.core.prefetch import Prefetcher
 from lorica.core.unit import Unit
 
 
+NO_TASK = -1
+
+
 def in_backward() -> bool:
     """Whether the calling code runs inside autograd's backward."""
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != NO_TASK
 
 
 class _Pass:
@@ -46,11 +49,21 @@ class _Pass:
     Only the hooks in the graph hold it: when a graph is dropped without a backward, its passes are gone too.
     """
 
-    __slots__ = ("__weakref__", "started", "waiting")
+    __slots__ = ("__weakref__", "num_inputs", "task", "waiting")
 
-    def __init__(self, waiting: int) -> None:
-        self.waiting = waiting  # inputs whose gradient is not there yet
-        self.started = False
+    def __init__(self, num_inputs: int) -> None:
+        self.num_inputs = num_inputs
+        self.waiting = num_inputs  # inputs whose gradient is not there yet
+        self.task = NO_TASK  # autograd's number of the backward that is or was at it
+
+    @property
+    def started(self) -> bool:
+        """Whether a backward has come to it."""
+        return self.task != NO_TASK
+
+    def start(self, task: int) -> None:
+        """A backward comes to it: the first one, or another one over a retained graph."""
+        self.task, self.waiting = task, self.num_inputs
 
 
 class Hooks:
@@ -204,9 +217,11 @@ class Hooks:
     # -- backward ------------------------------------------------------------------------------------------------------
 
     def _pre_backward(self, unit: Unit, step: _Pass, _: Tensor) -> None:
-        if step.started:
+        task = torch._C._current_graph_task_id()
+        if step.task == task:
             return
-        step.started = True
+        step.start(task)
+        self._passes[unit].add(step)
         self._begin_backward()
         self._prefetcher.use(unit, backward=True)
 
