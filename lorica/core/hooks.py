@@ -34,7 +34,6 @@ from lorica.core.grads import Reducer
 from lorica.core.prefetch import Prefetcher
 from lorica.core.unit import Unit
 
-
 NO_TASK = -1
 
 
