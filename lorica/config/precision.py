@@ -21,11 +21,11 @@ class FP16(Block):
     enabled: bool = key(False, "Compute in fp16, with fp32 master weights.")
     loss_scale: float = key(0.0, "Fixed loss scale; 0 means dynamic.", bounds=_AT_LEAST_0)
     initial_scale_power: int = key(16, "The dynamic loss scale starts at 2 to this power.", bounds={"ge": 0, "le": 127})
-    loss_scale_window: int = key(1000, "Steps without overflow after which the loss scale doubles.", bounds=_AT_LEAST_1)
+    loss_scale_window: int = key(1000, "Steps without overflow after which the loss scale doubles.", bounds=_AT_LEAST_0)
     hysteresis: int = key(2, "Overflows tolerated before the loss scale is halved.", bounds=_AT_LEAST_1)
     consecutive_hysteresis: bool = key(False, "Restore the tolerated overflows after every good step.")
     min_loss_scale: float = key(
-        1.0, "Smallest dynamic loss scale; what happens there: `lorica.on_min_loss_scale`.", bounds={"gt": 0}
+        1.0, "Smallest dynamic loss scale; what happens there: `lorica.on_min_loss_scale`.", bounds=_AT_LEAST_0
     )
     auto_cast: bool = key(False, "Cast floating-point inputs of the model to fp16.")
     fp16_master_weights_and_grads: bool = not_yet(

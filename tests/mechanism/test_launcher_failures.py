@@ -139,6 +139,12 @@ def read_pids(folder: Path, *names: str) -> list[int]:
     return [int(pid) for name in names for pid in (folder / name).read_text().split()]
 
 
+def hear_signals() -> None:
+    """Under nohup, or in the background of a shell, signals are ignored, and children inherit that: hear them again."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def running(folder: Path, **extra: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A job of two ranks with two grandchildren each; yields the launcher and the six processes."""
@@ -146,6 +152,7 @@ def running(folder: Path, **extra: str) -> Iterator[tuple[subprocess.Popen[str],
     job = subprocess.Popen(
         [sys.executable, "-m", "lorica", "--num_procs=2", "train.py"],
         cwd=folder, env=environ(TMPDIR=str(folder), **extra), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=hear_signals,
     )  # fmt: skip
     pids: list[int] = []
     try:
