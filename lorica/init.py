@@ -27,7 +27,7 @@ from torch import nn
 
 from lorica.comm import init_distributed
 from lorica.config import load
-from lorica.core.build import initial_values
+from lorica.core.build import dtype_name, initial_values
 from lorica.core.flat import Flat, Site
 from lorica.core.parameter import ParamRecord, detach, record_of
 from lorica.layout import Entry, build_layout
@@ -118,10 +118,10 @@ class Init:
         plan = plan_unit(
             Request(
                 stage=3,
-                param_dtype=_name(dtype),
-                accum_dtype=_name(dtype),
-                comm_dtype=_name(dtype),
-                master_dtype=_name(param.dtype),
+                param_dtype=dtype_name(dtype),
+                accum_dtype=dtype_name(dtype),
+                comm_dtype=dtype_name(dtype),
+                master_dtype=dtype_name(param.dtype),
                 param_tier=self._tier,
                 optimizer_tier=self._tier,
             )
@@ -183,10 +183,6 @@ def release_init_planes(model: nn.Module) -> None:
         for comm in (site.shard, site.replicate):
             if comm is not None:
                 comm.close()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _relevant(source: Any) -> Any:

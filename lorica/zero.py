@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lorica.core.flat import Flat
 from lorica.core.gradient import GradPlane
 from lorica.core.lifecycle import GradState
 from lorica.core.parameter import ParamRecord, record_of
@@ -292,8 +291,3 @@ def _is_a(module: nn.Module, wanted: type | str) -> bool:
 
 
 _class_name: Callable[[type | str], str] = lambda c: c if isinstance(c, str) else c.__name__  # noqa: E731
-
-
-def planes_of(params: Iterable[nn.Parameter]) -> list[Flat]:
-    """The planes that hold `params`, each once."""
-    return list({id(r.flat): r.flat for r in _records(params)}.values())
