@@ -3,10 +3,11 @@
 The numbers are those of `plan.py` for bf16 training with Adam, in bytes per parameter, divided by the number of ranks
 where the stage shards:
 
-    parameter 2, gradient 2, fp32 master 4, Adam moments 8      that is all that is held between steps
+    parameter 2, gradient 2, master 2, Adam moments 8           the master is split: only its lower half is held apart
+    optimizer on the host, parameters not: fp32 master 4        two halves in different memories are no master
     stage 3: + 4 per parameter of the largest unit              its gathered weights and the gradients autograd leaves
 
-DeepSpeed's estimators of the same names use other factors. They count 16 bytes (host) or 18 (device) where 12 and 16
+DeepSpeed's estimators of the same names use other factors. They count 16 bytes (host) or 18 (device) where 12 and 14
 are meant here: an optimizer step there keeps a second, fp32 copy of the gradients. With offload they count gradients as
 host memory; here the gradient shard stays on the device. At stage 2 they count all optimizer states on every node; here
 each node holds those of its own ranks.
@@ -177,7 +178,7 @@ def _plan(stage: int, *, param_on_host: bool, optimizer_on_host: bool) -> UnitPl
     tier = {True: "host", False: "device"}
     return plan_unit(
         Request(stage, "bfloat16", "bfloat16", "bfloat16", param_tier=tier[param_on_host],
-                optimizer_tier=tier[optimizer_on_host])
+                optimizer_tier=tier[optimizer_on_host], split_master=True)
     )  # fmt: skip
 
 

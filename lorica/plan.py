@@ -34,6 +34,8 @@ STAGE: dict[int, Sharded] = {
     3: Sharded(True, True, True),
 }
 
+SPLIT_DTYPE = "int16"  # of a split master's remainders: see [Note: split master] in precision/rounding.py
+
 SHARD_AXIS = "dp_shard"
 REPLICATE_AXIS = "dp_replicate"
 
@@ -93,6 +95,11 @@ class UnitPlan:
     update: str = "sync"
 
     @property
+    def master_is_split(self) -> bool:
+        """Whether the master is kept as the parameter's own plane and a plane of 16-bit remainders."""
+        return self.master.dtype == SPLIT_DTYPE
+
+    @property
     def master_is_param(self) -> bool:
         """Whether the parameter's own plane serves as the master: same dtype, same tier."""
         return (self.master.dtype, self.master.tier) == (self.param.dtype, self.param.tier)
@@ -134,6 +141,13 @@ class Request:
     accumulates: bool = True  # several micro-steps per update
     param_tier: str = "device"
     optimizer_tier: str = "device"
+    split_master: bool = False  # wanted; done where it is exact, see `can_split`
+
+    @property
+    def can_split(self) -> bool:
+        """Whether a split master is exact: the parameter is bf16, its master fp32, and both are in the same memory."""
+        dtypes = (self.param_dtype, self.master_dtype)
+        return dtypes == ("bfloat16", "float32") and self.param_tier == self.optimizer_tier
 
 
 class Rule(NamedTuple):
@@ -183,12 +197,13 @@ def plan_unit(request: Request) -> UnitPlan:
     def axes(flag: bool) -> tuple[str, ...]:
         return (SHARD_AXIS,) if flag else ()
 
+    splits = request.split_master and request.can_split
     reduced_at_once = sharded.grad or (sharded.states and not request.accumulates)
     return UnitPlan(
         stage=request.stage,
         param=Placement(axes(sharded.param), request.param_tier, request.param_dtype),
         grad=Placement(axes(reduced_at_once), "device", request.accum_dtype),
-        master=Placement(axes(sharded.states), request.optimizer_tier, request.master_dtype),
+        master=Placement(axes(sharded.states), request.optimizer_tier, SPLIT_DTYPE if splits else request.master_dtype),
         moments=Placement(axes(sharded.states), request.optimizer_tier, request.master_dtype),
         comm_dtype=request.comm_dtype,
     )

@@ -23,6 +23,7 @@ from lorica.estimate import (
     estimate_zero3_model_states_mem_needs_all_live,
 )
 from lorica.init import Init
+from lorica.precision.rounding import rounded
 
 __all__ = [
     "GatheredParameters",
@@ -70,12 +71,13 @@ def GatheredParameters(
         flat.unshard()
     for flat in flats:
         flat.wait()
+    watched = records if modifier_rank is not None else []
+    masters = [_master_at_risk(record) for record in watched]
     try:
         yield
     finally:
-        if modifier_rank is not None:
-            for record in records:
-                adopt(record, modifier_rank)
+        for record, master in zip(watched, masters, strict=True):
+            adopt(record, modifier_rank or 0, master)
         for flat in flats:
             flat.holders -= 1
             if not flat.holders:
@@ -89,11 +91,20 @@ def _records(params: Iterable[nn.Parameter] | nn.Parameter) -> list[ParamRecord]
     return sorted(found.values(), key=lambda r: (r.flat.name, r.index))
 
 
-def adopt(record: ParamRecord, source: int) -> None:
+def _master_at_risk(record: ParamRecord) -> Tensor | None:
+    """The master of a parameter, if writing to the parameter writes to it (a split one of a whole plane)."""
+    flat = record.flat
+    return flat.collect_master(record.index) if flat.plan.master_is_split and not flat.sharded else None
+
+
+def adopt(record: ParamRecord, source: int, before: Tensor | None = None) -> None:
     """Make rank `source`'s present values of one whole parameter everybody's, in every plane. Collective.
 
     Values that were assigned (`param.data = x`) count as values that were written in place.
 
+    Args:
+        before: the master before they were written, if it is another one by now; what was not touched keeps its full
+            precision.
     Raises:
         ValueError: if a tensor of another shape was assigned.
     """
@@ -108,8 +119,8 @@ def adopt(record: ParamRecord, source: int) -> None:
     if site.replicate is not None:
         site.replicate.broadcast(values, source // shard_size).wait()
     site.shard.fence()
-    before = flat.collect_master(record.index).reshape(-1)
-    changed = before.to(values.dtype) != values  # what was not touched keeps its full-precision master
+    before = (flat.collect_master(record.index) if before is None else before).reshape(-1)
+    changed = rounded(before, values.dtype) != values
     flat.fill(record.index, torch.where(changed, values.to(before.dtype), before))
     flat.rebind(record.index)
 

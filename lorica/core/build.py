@@ -39,6 +39,7 @@ class Blueprint:
         bucket_numel: staging elements of one gradient reduction.
         predivide: see `GradPlane`.
         accumulates: whether an update takes several micro-steps.
+        split_master: keep bf16 parameters and 16-bit remainders instead of fp32 masters, where that is exact.
         persist_numel: planes whose parameters are all at most this large stay whole at stage 3 ...
         persist_total: ... up to this many elements in all.
     """
@@ -51,6 +52,7 @@ class Blueprint:
     bucket_numel: int = 500_000_000
     predivide: float = 1.0
     accumulates: bool = False
+    split_master: bool = False
     persist_numel: int = 0
     persist_total: int = 2**62
 
@@ -107,6 +109,7 @@ def _plan(key: Key, blueprint: Blueprint) -> UnitPlan:
             accumulates=blueprint.accumulates,
             param_tier=blueprint.param_tier,
             optimizer_tier=blueprint.optimizer_tier,
+            split_master=blueprint.split_master,
         )
     )
 
@@ -129,7 +132,10 @@ def _build_flat(
 
 
 def _grad_plane(flat: Flat, blueprint: Blueprint) -> GradPlane:
-    keep = flat.plan.grad.sharded or not blueprint.accumulates  # else autograd's own gradients need the room
+    # Elsewhere autograd's own gradients need the room between steps, or the activations do; a device's allocator gives
+    # it back for nothing, where a CPU's would fault every page in again.
+    on_cpu = flat.site.device.type == "cpu"
+    keep = on_cpu and (flat.plan.grad.sharded or not blueprint.accumulates)
     return GradPlane(flat, bucket_numel=blueprint.bucket_numel, predivide=blueprint.predivide, keep=keep)
 
 

@@ -22,6 +22,7 @@ from lorica.core.lifecycle import PARAM_MOVES, Lifecycle, ParamState
 from lorica.core.parameter import ParamRecord, attach, detach, hide, is_rebound, show
 from lorica.layout import Layout, Overlap
 from lorica.plan import StateBytes, UnitPlan
+from lorica.precision.rounding import join, rounded, split_into
 
 if TYPE_CHECKING:
     from lorica.comm.base import Collectives, Handle
@@ -119,11 +120,15 @@ class Flat:
     def _restore_storage(self) -> None:
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
 
+    @property
+    def owned(self) -> Tensor:
+        """The part of the parameters that this rank's optimizer updates."""
+        return self.shard if self.plan.master.sharded else self.full
+
     def _alloc_master(self) -> Tensor:
-        owned = self.shard if self.plan.master.sharded else self.full
         if self.plan.master_is_param:
-            return owned
-        return self.site.tiers[self.plan.master.tier].alloc(owned.numel(), dtype_of(self.plan.master.dtype))
+            return self.owned
+        return self.site.tiers[self.plan.master.tier].alloc(self.owned.numel(), dtype_of(self.plan.master.dtype))
 
     def alloc_moments(self, names: Sequence[str]) -> None:
         """Give the optimizer's moment planes their memory (zeros), in the tier of the plan."""
@@ -168,14 +173,18 @@ class Flat:
         Args:
             index: slot number. values: the whole parameter, any shape and float dtype (frozen: the plane's dtype).
         """
-        source = values.detach().reshape(-1)
+        exact = values.detach().reshape(-1)
+        source = rounded(exact, self.dtype)
         slot = self.layout.slots[index]
         if not self.sharded or self.is_full:
             self.full[slot.start : slot.stop].copy_(source)
         if self.sharded:
             self.fill_plane(self.shard, self.start, index, source)
-        if self.master is not None and not self.plan.master_is_param:
-            self.fill_plane(self.master, self.master_start, index, source)
+        if self.master is None or self.plan.master_is_param:
+            return
+        if self.plan.master_is_split:
+            exact = _remainders(exact)
+        self.fill_plane(self.master, self.master_start, index, exact)
 
     def fill_plane(self, plane: Tensor, start: int, index: int, values: Tensor) -> None:
         """Write a parameter's values into the part of one plane that this rank holds.
@@ -208,12 +217,19 @@ class Flat:
         Returns:
             A new tensor of the parameter's logical shape on the compute device, dtype of `plane`.
         """
-        slot = self.layout.slots[index]
-        whole = torch.zeros(slot.numel, dtype=plane.dtype, device=self.site.device)
         part = self._part(index, start, start + plane.numel())
-        if part is not None:
-            whole[part.begin : part.end].copy_(plane[part.offset : part.offset + part.end - part.begin])
-        if plane.numel() < self.layout.numel and slot.numel:
+        piece = None if part is None else plane[part.offset : part.offset + part.end - part.begin]
+        return self._assemble(index, part, piece, plane.dtype, sharded=plane.numel() < self.layout.numel)
+
+    def _assemble(
+        self, index: int, part: Overlap | None, piece: Tensor | None, dtype: torch.dtype, *, sharded: bool
+    ) -> Tensor:
+        """The whole parameter of which this rank has `piece` (None: nothing)."""
+        slot = self.layout.slots[index]
+        whole = torch.zeros(slot.numel, dtype=dtype, device=self.site.device)
+        if part is not None and piece is not None:
+            whole[part.begin : part.end].copy_(piece)
+        if sharded and slot.numel:
             self.comm.all_reduce(whole).wait()
         return whole.view(slot.shape)
 
@@ -221,7 +237,13 @@ class Flat:
         """The full-precision values of a parameter. Collective if they are sharded."""
         if self.master is None:
             return self.collect(index, self.shard if self.sharded else self.full, self.start if self.sharded else 0)
-        return self.collect(index, self.master, self.master_start)
+        if not self.plan.master_is_split:
+            return self.collect(index, self.master, self.master_start)
+        part, piece = self._part(index, self.master_start, self.master_start + self.master.numel()), None
+        if part is not None:
+            low, high = part.offset, part.offset + part.end - part.begin
+            piece = join(self.owned[low:high], self.master[low:high])
+        return self._assemble(index, part, piece, torch.float32, sharded=self.plan.master.sharded)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -281,6 +303,14 @@ class Flat:
     def touched(self) -> bool:
         """A parameter was used while sharded: gather now if a forward pass is running."""
         return self.on_demand is not None and self.on_demand.touched(self)
+
+
+def _remainders(values: Tensor) -> Tensor:
+    """What rounding leaves out of `values` [n]: see [Note: split master] in precision/rounding.py."""
+    values = values.float()
+    upper, lower = (torch.empty(values.shape, dtype=d, device=values.device) for d in (torch.bfloat16, torch.int16))
+    split_into(values, upper, lower)
+    return lower
 
 
 def hide_all(params: Sequence[nn.Parameter], views: Sequence[Tensor]) -> None:

@@ -23,6 +23,7 @@ from lorica.optim.base import (
     require_range,
 )
 from lorica.optim.tiles import Tile, tiles
+from lorica.precision.rounding import round_into
 
 
 def lamb_direction(
@@ -100,6 +101,7 @@ class Lamb(FlatOptimizerBase):
         *,
         coef: Tensor | float,
         step: int,
+        apply: Tensor | None = None,
         comm: PlaneCollectives | None = None,
         layout: PlaneLayout | None = None,
     ) -> None:
@@ -154,4 +156,4 @@ def _apply(segment: Segment, direction: Tensor, index: dict[str, int], square_no
         direction[part.start : part.stop].mul_(ratio[index[part.name]])
     segment.master.add_(direction, alpha=-float(group["lr"]))
     if segment.out is not None:
-        segment.out.copy_(segment.master)
+        round_into(segment.master, segment.out)

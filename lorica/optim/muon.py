@@ -28,6 +28,7 @@ from lorica.optim.base import (
 )
 from lorica.optim.newton_schulz import METHODS, compute_dtype, orthogonalize
 from lorica.optim.tiles import run_in_tiles, tiles
+from lorica.precision.rounding import round_into
 
 NOT_MATRICES = ("embed", "lm_head")
 
@@ -124,6 +125,7 @@ class Muon(FlatOptimizerBase):
         *,
         coef: Tensor | float,
         step: int,
+        apply: Tensor | None = None,
         comm: PlaneCollectives | None = None,
         layout: PlaneLayout | None = None,
     ) -> None:
@@ -206,7 +208,7 @@ def _apply(segment: Segment, plane: Tensor, matrices: Mapping[str, PlaneSlot]) -
             direction[part.offset : part.offset + part.stop - part.start], alpha=-lr
         )
     if segment.out is not None:
-        segment.out.copy_(segment.master)
+        round_into(segment.master, segment.out)
 
 
 def _gather(plane: Tensor, comm: PlaneCollectives | None) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lorica.optim.base import Segment
+from lorica.precision.rounding import join, round_into, split_into
 
 # CPU: a tile's gradient and master stay in the cache between unscale, update and rounding. Fused AdamW, one thread,
 # 512 KiB of L2, CPU ns per element with fp32 gradient / with bf16 in and out:
@@ -66,26 +67,47 @@ def run_in_tiles(
     for tile, out in tiles(segment, coef, tile_numel=tile_numel, own_grad=own_grad):
         update_tile(tile)
         if out is not None:
-            out.copy_(tile.master)
+            out.write(tile.master)
+
+
+class Published(NamedTuple):
+    """Where a tile's new master goes besides its own plane: the parameter, and the remainder if the master is split."""
+
+    parameter: Tensor
+    remainder: Tensor | None
+
+    def write(self, master: Tensor) -> None:
+        """Round `master` into the parameter."""
+        if self.remainder is None:
+            round_into(master, self.parameter)
+        else:
+            split_into(master, self.parameter, self.remainder)
 
 
 def tiles(
     segment: Segment, coef: Tensor | float, *, tile_numel: int | None = None, own_grad: bool = False
-) -> Iterator[tuple[Tile, Tensor | None]]:
-    """Yield each tile with its part of `segment.out`; one scratch serves all tiles, so take them one after another."""
-    master, numel = segment.master, segment.master.numel()
-    size = tile_numel or default_tile_numel(master.device)
-    unscaled = isinstance(coef, float) and coef == 1.0 and segment.grad.dtype == master.dtype and not own_grad
-    scratch = None if unscaled or not numel else torch.empty(min(size, numel), dtype=master.dtype, device=master.device)
-    factor = None if scratch is None else coef_tensor(coef, master)
-    for start in range(0, numel, size):
+) -> Iterator[tuple[Tile, Published | None]]:
+    """Yield each tile and where to publish it; one scratch serves all tiles, so take them one after another."""
+    stored, numel = segment.master, segment.master.numel()
+    split = stored.dtype is torch.int16
+    dtype = torch.float32 if split else stored.dtype
+    size = min(tile_numel or default_tile_numel(stored.device), numel)
+    unscaled = isinstance(coef, float) and coef == 1.0 and segment.grad.dtype == dtype and not own_grad
+    scratch = None if unscaled or not numel else torch.empty(size, dtype=dtype, device=stored.device)
+    joined = torch.empty(size, dtype=dtype, device=stored.device) if split else None
+    factor = None if scratch is None else coef_tensor(coef, scratch)
+    for start in range(0, numel, size or 1):
         stop = min(start + size, numel)
+        master, out = stored[start:stop], None
+        if segment.out is not None:
+            out = Published(segment.out[start:stop], master if split else None)
+        if joined is not None and out is not None:
+            master = join(out.parameter, master, joined[: stop - start])
         grad = segment.grad[start:stop]
         if scratch is not None and factor is not None:
             grad = unscale(grad, factor, scratch[: stop - start])
         state = {name: plane[start:stop] for name, plane in segment.state.items()}
-        out = None if segment.out is None else segment.out[start:stop]
-        yield Tile(master[start:stop], grad, state, segment.group), out
+        yield Tile(master, grad, state, segment.group), out
 
 
 def coef_tensor(coef: Tensor | float, like: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def test_the_planes_take_what_the_plan_says(
 def formula(stage: int, precision: str, world_size: int) -> dict[str, float]:
     """Bytes per rank of the MLP with AdamW: `K * numel` optimizer states, parameters, gradients, each over P or not."""
     element_bytes = 4 if precision == "fp32" else 2
-    master_bytes = 0 if precision == "fp32" else 4  # in fp32 the parameter is its own master
+    master_bytes = 0 if precision == "fp32" else 2  # in fp32 the parameter is its own master, in bf16 its upper half
     sharded = (1, world_size)
     return {
         "param": element_bytes * MLP_NUMEL / sharded[stage >= 3],

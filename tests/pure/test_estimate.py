@@ -28,8 +28,8 @@ def zero3(**options: object) -> ShardedModelStates:
 
 
 def test_stage_2_replicates_parameters_and_shards_the_rest():
-    # 2 Psi + (2 + 4 + 8) Psi / 8; host: each of 4 processes builds the model in fp32.
-    assert zero2(cpu_offload=False) == ModelStates(cpu_bytes=16_000_000, gpu_bytes=2_000_000 + 1_750_000)
+    # 2 Psi + (2 + 2 + 8) Psi / 8; host: each of 4 processes builds the model in fp32.
+    assert zero2(cpu_offload=False) == ModelStates(cpu_bytes=16_000_000, gpu_bytes=2_000_000 + 1_500_000)
 
 
 def test_stage_2_with_offload_moves_master_and_moments_to_the_host():
@@ -45,14 +45,14 @@ def test_one_rank_with_offload_holds_all_optimizer_states_in_host_memory():
 @pytest.mark.parametrize(
     ("options", "cpu_bytes", "sharded_gpu_bytes"),
     [
-        # host 4 x (2 + 4 + 8) Psi / 8; device: the gradient shard 2 Psi / 8
-        ({}, 7_000_000, 250_000),
+        # host 4 x (2 + 2 + 8) Psi / 8; device: the gradient shard 2 Psi / 8
+        ({}, 6_000_000, 250_000),
         ({"zero_init": False}, 16_000_000, 250_000),
         # host 4 x (4 + 8) Psi / 8; device (2 + 2) Psi / 8
         ({"cpu_offload_params": False}, 6_000_000, 500_000),
-        # host: 4 modules of 10,000 fp32 parameters while the model is built; device 16 Psi / 8
-        ({"cpu_offload": False}, 160_000, 2_000_000),
-        ({"cpu_offload": False, "zero_init": False}, 16_000_000, 2_000_000),
+        # host: 4 modules of 10,000 fp32 parameters while the model is built; device 14 Psi / 8
+        ({"cpu_offload": False}, 160_000, 1_750_000),
+        ({"cpu_offload": False, "zero_init": False}, 16_000_000, 1_750_000),
     ],
 )
 def test_stage_3_shards_everything_and_adds_the_largest_unit(options, cpu_bytes, sharded_gpu_bytes):
@@ -64,18 +64,18 @@ def test_results_unpack_like_those_of_deepspeed():
     cpu_mem, gpu_mem = zero2()
     cpu_mem_3, gpu_mem_3, largest_layer_memory = zero3()
     assert (cpu_mem, gpu_mem) == (16_000_000, 2_250_000)
-    assert (cpu_mem_3, gpu_mem_3, largest_layer_memory) == (7_000_000, 290_000, 40_000)
+    assert (cpu_mem_3, gpu_mem_3, largest_layer_memory) == (6_000_000, 290_000, 40_000)
 
 
 def test_the_buffer_factor_multiplies_host_memory_only():
     exact = zero3()
     padded = estimate.estimate_zero3_model_states_mem_needs(PSI, LARGEST, **HARDWARE)
-    assert padded == exact._replace(cpu_bytes=10_500_000)
+    assert padded == exact._replace(cpu_bytes=9_000_000)
 
 
 def test_a_parameter_count_that_ranks_do_not_divide_is_rounded_up():
     need = estimate.estimate_zero3_model_states_mem_needs(9, 1, num_gpus_per_node=8, cpu_offload=False)
-    assert need.gpu_bytes == 16 * 2 + 4
+    assert need.gpu_bytes == 14 * 2 + 4
 
 
 class Blocks(nn.Module):
@@ -113,21 +113,21 @@ def test_a_table_has_a_row_per_choice_with_host_and_device_memory(capsys):
     title, heads, *rows = capsys.readouterr().out.splitlines()
     assert "ZeRO-2" in title and "1074M parameters" in title and "GPUs per node: 2" in title
     assert [column.strip() for column in heads.split("|")] == ["host per node", "GPU", "options"]
-    # 2 ranks: 2 + 2/2 and 2 + 14/2 GiB per rank; 2 x 12/2 GiB on the host, or 2 x 4 to build the model
+    # 2 ranks: 2 + 2/2 and 2 + 12/2 GiB per rank; 2 x 12/2 GiB on the host, or 2 x 4 to build the model
     assert [[column.strip() for column in row.split("|")] for row in rows] == [
         ["12.00 GiB", "3.00 GiB", "offload_optimizer=cpu"],
-        ["8.00 GiB", "9.00 GiB", "offload_optimizer=none"],
+        ["8.00 GiB", "8.00 GiB", "offload_optimizer=none"],
     ]
     estimate.estimate_zero3_model_states_mem_needs_all_cold(2**30, 2**28, 2, 1, additional_buffer_factor=1)
     rows = [[column.strip() for column in row.split("|")] for row in capsys.readouterr().out.splitlines()[2:]]
-    # 2 ranks and a unit of a quarter: 1 + 1, 2 + 1 and 8 + 1 GiB per rank
+    # 2 ranks and a unit of a quarter: 1 + 1, 2 + 1 and 7 + 1 GiB per rank
     assert rows == [
-        ["14.00 GiB", "2.00 GiB", "offload_param=cpu, offload_optimizer=cpu, zero_init=1"],
-        ["14.00 GiB", "2.00 GiB", "offload_param=cpu, offload_optimizer=cpu, zero_init=0"],
+        ["12.00 GiB", "2.00 GiB", "offload_param=cpu, offload_optimizer=cpu, zero_init=1"],
+        ["12.00 GiB", "2.00 GiB", "offload_param=cpu, offload_optimizer=cpu, zero_init=0"],
         ["12.00 GiB", "3.00 GiB", "offload_param=none, offload_optimizer=cpu, zero_init=1"],
         ["12.00 GiB", "3.00 GiB", "offload_param=none, offload_optimizer=cpu, zero_init=0"],
-        ["2.00 GiB", "9.00 GiB", "offload_param=none, offload_optimizer=none, zero_init=1"],
-        ["8.00 GiB", "9.00 GiB", "offload_param=none, offload_optimizer=none, zero_init=0"],
+        ["2.00 GiB", "8.00 GiB", "offload_param=none, offload_optimizer=none, zero_init=1"],
+        ["8.00 GiB", "8.00 GiB", "offload_param=none, offload_optimizer=none, zero_init=0"],
     ]
 
 
