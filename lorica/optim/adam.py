@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lorica.optim import fused
-from lorica.optim.base import require_betas, require_range
+from lorica.optim.base import Segment, require_betas, require_range
 from lorica.optim.element import ElementOptimizer
 from lorica.optim.tiles import Tile
 
@@ -87,6 +87,30 @@ class Adam(ElementOptimizer):
     def update_tile(self, tile: Tile, *, step: int) -> None:
         """One update of a tile, by the fused kernel where the device has one."""
         adam_tile(tile, step=step, decoupled=self.adam_w_mode)
+
+    def hyper(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+        """See `kernels.update.adam_hyper`."""
+        from lorica.kernels.update import adam_hyper
+
+        return adam_hyper(
+            step,
+            lr=float(group["lr"]),
+            betas=(float(group["betas"][0]), float(group["betas"][1])),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            decoupled=self.adam_w_mode,
+            bias_correction=bool(group.get("bias_correction", True)),
+        )
+
+    def launch(self, segment: Segment, *, coef: Tensor, apply: Tensor, hyper: Tensor) -> None:
+        """One pass over a segment."""
+        from lorica.kernels import update
+
+        state = segment.state
+        update.adam(
+            segment.master, segment.out, segment.grad, state["exp_avg"], state["exp_avg_sq"],
+            coef=coef, apply=apply, hyper=hyper,
+        )  # fmt: skip
 
 
 class AdamW(Adam):

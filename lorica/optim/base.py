@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Granularity = Literal["element", "tensor", "matrix"]
@@ -30,7 +31,8 @@ class Segment:
     """One contiguous range of one flat plane that belongs to one optimizer param group.
 
     Attributes:
-        master: [n] fp32 (fp64 for fp64 parameters), updated in place.
+        master: [n] fp32 (fp64 for fp64 parameters), updated in place; or int16: the remainders of a split master, whose
+            upper halves are `out` (see [Note: split master]; only for optimizers with `takes_split`).
         grad: [n] any float dtype, the raw gradient (summed, still loss-scaled); never written.
         out: [n] compute dtype, receives the rounded master; None if the master is the parameter itself.
         state: one [n] view in master dtype for each name in `FlatOptimizer.moments`.
@@ -102,6 +104,20 @@ class FlatOptimizer(Protocol):
     moments: tuple[str, ...]
     defaults: dict[str, Any]
 
+    @property
+    def takes_split(self) -> bool:
+        """Whether segments may have a split master."""
+        ...
+
+    def runs_on_device(self, segment: Segment) -> bool:
+        """Whether `update` of such a segment reads `coef` and `apply` on its device and never waits for them."""
+        ...
+
+    def prepare(self, groups: Sequence[dict[str, Any]], step: int, device: torch.device) -> None:
+        """Before the updates of a step: bring what `groups` say to the device. `update` may then be captured in a CUDA
+        graph, and replayed after another `prepare`."""
+        ...
+
     def init_state(self, segment: Segment) -> None:
         """Fill the moments of a new segment where they do not start at zero."""
         ...
@@ -112,6 +128,7 @@ class FlatOptimizer(Protocol):
         *,
         coef: Tensor | float,
         step: int,
+        apply: Tensor | None = None,
         comm: PlaneCollectives | None = None,
         layout: PlaneLayout | None = None,
     ) -> None:
@@ -121,6 +138,7 @@ class FlatOptimizer(Protocol):
             segments: on one device. Coarser granularities are collective: a rank whose shard is all padding calls too.
             coef: multiplies the gradient (unscale x mean x clip); a float or a one-element tensor (no host sync).
             step: 1 for the first update; used for bias correction.
+            apply: [1] int32 on the device, 0: change nothing. Only where `runs_on_device` (None: apply).
             comm: the ranks that share the plane; unused (may be None) at element granularity.
             layout: the whole plane; unused (may be None) at element granularity.
         """
@@ -148,6 +166,18 @@ class FlatOptimizerBase:
     granularity: Granularity
     moments: tuple[str, ...]
     defaults: dict[str, Any]
+
+    @property
+    def takes_split(self) -> bool:
+        """Only what updates element by element can take the master apart and put it together again as it goes."""
+        return self.granularity == "element"
+
+    def runs_on_device(self, segment: Segment) -> bool:
+        """Not unless an optimizer says so."""
+        return False
+
+    def prepare(self, groups: Sequence[dict[str, Any]], step: int, device: torch.device) -> None:
+        """Nothing to do: hyper-parameters are read on the host."""
 
     def init_state(self, segment: Segment) -> None:
         """Nothing to do: the moments planes are born zero."""

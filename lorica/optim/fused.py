@@ -42,14 +42,42 @@ def adam_(
     decoupled: bool,
 ) -> None:
     """One Adam (L2 decay) or AdamW (decoupled decay) update in place; all tensors of one dtype."""
-    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    kernel(
+    adam_many_(
         [master],
         [grad],
         [exp_avg],
         [exp_avg_sq],
-        [],
         [step_tensor(step, master)],
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled=decoupled,
+    )
+
+
+def adam_many_(
+    masters: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    """`adam_` on many tensors of one dtype and device by one multi-tensor call; `steps` as `step_tensor` makes them."""
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    kernel(
+        masters,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],

@@ -1,4 +1,4 @@
-"""Lion on flat planes. Owns its formula, which runs everywhere (torch has no kernel); tiles.py owns the loop."""
+"""Lion on flat planes. Owns its formula (torch has no kernel for it); tiles.py owns the loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.optim.base import require_betas, require_range
+from lorica.optim.base import Segment, require_betas, require_range
 from lorica.optim.element import ElementOptimizer
 from lorica.optim.tiles import Tile
 
@@ -50,4 +50,19 @@ class Lion(ElementOptimizer):
             lr=float(group["lr"]),
             betas=(float(group["betas"][0]), float(group["betas"][1])),
             weight_decay=float(group["weight_decay"]),
+        )
+
+    def hyper(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+        """See `kernels.update.lion_hyper`."""
+        from lorica.kernels.update import lion_hyper
+
+        betas = (float(group["betas"][0]), float(group["betas"][1]))
+        return lion_hyper(lr=float(group["lr"]), betas=betas, weight_decay=float(group["weight_decay"]))
+
+    def launch(self, segment: Segment, *, coef: Tensor, apply: Tensor, hyper: Tensor) -> None:
+        """One pass over a segment."""
+        from lorica.kernels import update
+
+        update.lion(
+            segment.master, segment.out, segment.grad, segment.state["exp_avg"], coef=coef, apply=apply, hyper=hyper
         )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lorica.optim import fused
-from lorica.optim.base import require_range
+from lorica.optim.base import Segment, require_range
 from lorica.optim.element import ElementOptimizer
 from lorica.optim.tiles import Tile
 
@@ -85,8 +85,28 @@ class SGD(ElementOptimizer):
             first_step=step == 1,
         )
 
+    def hyper(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+        """See `kernels.update.sgd_hyper`."""
+        from lorica.kernels.update import sgd_hyper
 
-def _momentum_buffer(tile: Tile) -> Tensor:
+        return sgd_hyper(
+            step,
+            lr=float(group["lr"]),
+            momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            weight_decay=float(group["weight_decay"]),
+            nesterov=bool(group["nesterov"]),
+        )
+
+    def launch(self, segment: Segment, *, coef: Tensor, apply: Tensor, hyper: Tensor) -> None:
+        """One pass over a segment."""
+        from lorica.kernels import update
+
+        buffer = _momentum_buffer(segment) if float(segment.group["momentum"]) else None
+        update.sgd(segment.master, segment.out, segment.grad, buffer, coef=coef, apply=apply, hyper=hyper)
+
+
+def _momentum_buffer(tile: Tile | Segment) -> Tensor:
     buffer = tile.state.get("momentum_buffer")
     if buffer is None:
         raise ValueError(

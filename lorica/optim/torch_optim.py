@@ -124,6 +124,7 @@ class TorchOptimizer(FlatOptimizerBase):
         *,
         coef: Tensor | float,
         step: int,
+        apply: Tensor | None = None,
         comm: PlaneCollectives | None = None,
         layout: PlaneLayout | None = None,
     ) -> None:

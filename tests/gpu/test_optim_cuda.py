@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorica.optim import SGD, Adagrad, AdamW, FlatOptimizer, Lamb, Lion, Muon, TorchOptimizer, from_client, fused
 from lorica.optim.element import ElementOptimizer
 from lorica.optim.newton_schulz import compute_dtype, orthogonalize
+from lorica.precision.rounding import rounded
 from tests.mechanism.optim_planes import Plane, make_plane, random_params, random_steps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -59,7 +60,7 @@ def test_the_device_gives_the_numbers_of_the_cpu_without_a_host_sync(name: str) 
     options: dict[str, Any] = {"grad_dtype": torch.bfloat16, "out_dtype": torch.bfloat16}
     got = _run(OURS[name](), "cuda", torch.tensor(0.5, device="cuda"), **options)
     assert got.out is not None
-    assert torch.equal(got.out, got.master.bfloat16())
+    assert torch.equal(got.out, rounded(got.master, torch.bfloat16))
     assert _error(got.master, _run(OURS[name](), "cpu", 0.5, **options).master) < 1e-6
 
 
