@@ -1,11 +1,12 @@
 """DDP, FSDP2, DeepSpeed and Lorica on the same GPT, two CPU processes, in rounds: owns jobs and tables, not engines.
 
     benchmarks/setup_deepspeed.sh                       # once: .venv-bench with DeepSpeed in it
-    .venv-bench/bin/python benchmarks/cpu_compare.py    # 25 M and 110 M parameters, fp32; --precisions fp32 bf16: both
+    .venv-bench/bin/python benchmarks/cpu_compare.py    # 25 M and 110 M parameters, fp32; --precisions bf16: that
 
 Every engine is a job of its own (two gloo ranks, OMP_NUM_THREADS=1), and the jobs take turns, A B C A B C ..., so that
 a machine that gets slower or faster for a while does so for all. A number is the median over rounds of a job's median
-over steps. Writes JSON with every job and a Markdown table; `--doc FILE` also replaces the tables in that file.
+over steps. Writes JSON with every job and a Markdown table; `--doc FILE` also replaces the tables of these
+precisions in that file.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from benchmarks.peers import PEERS  # noqa: E402
 
 NUM_RANKS = 2
 MIB = 2**20
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
 class Case(NamedTuple):
@@ -168,7 +168,7 @@ def table(case: Case, rows: dict[str, dict[str, Any] | None]) -> str:
     ddp = rows.get("ddp")
     numel = next((row["numel"] for row in rows.values() if row), 0)
     lines = [
-        f"### {numel / 1e6:.1f} M parameters, {case.precision}",
+        f"### {numel / 1e6:.1f} M parameters, {case.precision}, medians of {num_rounds(rows)} rounds",
         "",
         "| engine | ms a step | of DDP | of DeepSpeed | CPU s a step and rank | of DDP | of DeepSpeed "
         "| peak MiB | MB sent | largest loss difference from DDP |",
@@ -196,6 +196,12 @@ def table(case: Case, rows: dict[str, dict[str, Any] | None]) -> str:
     return "\n".join(lines)
 
 
+def num_rounds(rows: dict[str, dict[str, Any] | None]) -> str:
+    """How many rounds the medians of a table are of."""
+    counts = sorted({row["num_rounds"] for row in rows.values() if row})
+    return " to ".join(str(count) for count in {counts[0]: None, counts[-1]: None}) if counts else "no"
+
+
 def machine(options: argparse.Namespace) -> str:
     """One line that says what the numbers were measured on and how."""
     import torch
@@ -210,7 +216,8 @@ def machine(options: argparse.Namespace) -> str:
     )
     return (
         f"{os.cpu_count()} cores ({model}), {NUM_RANKS} gloo ranks, torch {torch.__version__}, batch "
-        f"{options.batch_size} per rank, {options.rounds} rounds of {options.steps} steps after {options.warmup}."
+        f"{options.batch_size} per rank, rounds of {options.steps} steps after {options.warmup}, "
+        f"{time.strftime('%Y-%m-%d')}."
     )
 
 
@@ -226,13 +233,30 @@ def report(results: dict[Job, dict[str, Any]], cases: list[Case], options: argpa
     return "\n\n".join(parts) + "\n"
 
 
-def replace_tables(doc: Path, tables: str) -> None:
-    """Put the tables between the two markers of a Markdown file."""
+def replace_tables(doc: Path, precisions: list[str], tables: str) -> None:
+    """Put the tables between the two markers that a Markdown file has for these precisions."""
+    begin, end = (f"<!-- tables {' '.join(precisions)}: {edge} -->" for edge in ("begin", "end"))
     text = doc.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"--doc: expected the lines {BEGIN} and {END} in {doc}, found neither or one. Fix: add both.")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    doc.write_text(f"{before}{BEGIN}\n{tables}{END}{after}")
+    if begin not in text or end not in text:
+        raise ValueError(f"--doc: expected the lines {begin} and {end} in {doc}, found neither or one. Fix: add both.")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    doc.write_text(f"{before}{begin}\n{tables}{end}{after}")
+
+
+# Jobs on disk ---------------------------------------------------------------------------------------------------------
+
+
+def save_jobs(out: Path, results: dict[Job, dict[str, Any]]) -> None:
+    """Write every job so far: what was measured is not lost with what comes after."""
+    every = [{"case": job.case._asdict(), "engine": job.engine, "round": job.round} | r for job, r in results.items()]
+    (out / "jobs.json").write_text(json.dumps(every, indent=1))
+
+
+def earlier_jobs(out: Path) -> dict[Job, dict[str, Any]]:
+    """The jobs of earlier calls."""
+    path = out / "jobs.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return {Job(Case(**row.pop("case")), row.pop("engine"), row.pop("round")): row for row in rows}
 
 
 # Main -----------------------------------------------------------------------------------------------------------------
@@ -249,6 +273,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="sequences per rank")
     parser.add_argument("--limit_s", type=float, default=600.0, help="longest time for one job")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "cpu_compare")
+    parser.add_argument("--add", action="store_true", help="add rounds to the jobs that OUT holds already")
     parser.add_argument("--doc", type=Path, help="a Markdown file whose tables are replaced")
     return parser.parse_args()
 
@@ -256,22 +281,22 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     cases = [Case(size, precision) for size in options.sizes for precision in options.precisions]
-    results: dict[Job, dict[str, Any]] = {}
     options.out.mkdir(parents=True, exist_ok=True)
+    results = earlier_jobs(options.out) if options.add else {}
+    first = 1 + max((job.round for job in results if job.case in cases), default=-1)
     for case in cases:
-        for number in range(options.rounds):
+        for number in range(first, first + options.rounds):
             for engine in options.engines:
                 job = Job(case, engine, number)
                 results[job] = result = run_job(job, options)
+                save_jobs(options.out, results)
                 said = result.get("problem") or f"{result['wall_s'] * 1e3:8.1f} ms  {result['cpu_s']:7.3f} CPU s"
-                print(f"{case}  round {number + 1}/{options.rounds}  {engine:20} {said}", flush=True)
-    every = [{"case": job.case._asdict(), "engine": job.engine, "round": job.round} | r for job, r in results.items()]
-    (options.out / "jobs.json").write_text(json.dumps(every, indent=1))
+                print(f"{case}  round {number + 1}/{first + options.rounds}  {engine:20} {said}", flush=True)
     tables = report(results, cases, options)
     (options.out / "tables.md").write_text(tables)
     print("\n" + tables)
     if options.doc is not None:
-        replace_tables(options.doc, tables)
+        replace_tables(options.doc, options.precisions, tables)
     failed = sorted({job.engine for job, result in results.items() if "problem" in result})
     for engine in failed:
         log = next(r["logs"] for job, r in results.items() if job.engine == engine and "problem" in r)

@@ -23,6 +23,7 @@ from lorica.init import release_init_planes
 from lorica.log import logger, make_visible
 from lorica.mesh import Mesh
 from lorica.monitor import Monitor, Timers
+from lorica.ops.inject import inject
 from lorica.optim.base import FlatOptimizer
 from lorica.optim.registry import from_client, from_config
 from lorica.plan import REPLICATE_AXIS, SHARD_AXIS
@@ -190,6 +191,7 @@ def _build(
     config: Config, model: nn.Module, optimizer: Any, parameters: Any, scheduler: Any, site: Site, mpu: Any
 ) -> tuple[Engine, Any]:
     _log_start(config, site)
+    _inject_kernels(config, model, site)
     precision = Precision.from_config(config)
     chosen = _choose_optimizer(config, model, optimizer, parameters)
     predivide = _predivide(config, precision, site)
@@ -228,6 +230,8 @@ def _build(
         )
     )
     engine.lr_scheduler = _choose_scheduler(config, scheduler, engine.optimizer)
+    if _rank() == 0:
+        logger.info(engine.peak().line())
     return engine, engine.lr_scheduler
 
 
@@ -239,6 +243,14 @@ def _log_start(config: Config, site: Site) -> None:
         logger.info("%s | %s", config.summary_line(), where)
         if config.dump_state:
             logger.info("effective configuration: %s", config.model_dump_json(indent=2))
+
+
+def _inject_kernels(config: Config, model: nn.Module, site: Site) -> None:
+    """Fused kernels in place of modules of the model, where the configuration asks for them."""
+    if config.kernels.inject:
+        report = inject(model, config.kernels.inject, config.kernels.library, device=site.device)
+        if _rank() == 0:
+            logger.info("%s", report)
 
 
 def _choose_optimizer(config: Config, model: nn.Module, optimizer: Any, parameters: Any) -> Chosen | None:
@@ -304,9 +316,33 @@ def _blueprint(config: Config, precision: Precision, chosen: Chosen | None, pred
         bucket_numel=_or_default(zero.reduce_bucket_size, 500_000_000),
         predivide=predivide,
         accumulates=config.gradient_accumulation_steps != 1,
+        split_master=_splits(config, chosen),
         persist_numel=_or_default(zero.stage3_param_persistence_threshold, 100_000),
         persist_total=zero.stage3_model_persistence_threshold,
     )
+
+
+def _splits(config: Config, chosen: Chosen | None) -> bool:
+    """Whether masters are split where that is exact.
+
+    Raises:
+        ValueError: if the configuration demands it and nothing could be split.
+    """
+    wanted, able = config.lorica.split_master, chosen is None or chosen.flat.takes_split
+    if wanted and not able and chosen is not None:
+        raise ValueError(
+            f"lorica.split_master: expected an optimizer that updates element by element, got "
+            f"{type(chosen.flat).__name__}. Fix: leave split_master out, or use AdamW, Adam, Lion, SGD or Adagrad."
+        )
+    zero = config.zero_optimization
+    apart = _tier(zero.offload_optimizer.device) != _tier(zero.offload_param.device)
+    if wanted and (not config.bf16.enabled or apart):
+        raise ValueError(
+            "lorica.split_master: expected bf16 parameters in the same memory as the optimizer states, got "
+            f"bf16.enabled {config.bf16.enabled}, offload_optimizer.device {zero.offload_optimizer.device!r}, "
+            f"offload_param.device {zero.offload_param.device!r}. Fix: leave split_master out."
+        )
+    return able and wanted is not False
 
 
 def _or_default(value: int | None, default: int) -> int:

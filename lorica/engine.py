@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lorica.config import Config
+from lorica.core.compiled import CompiledBlocks
 from lorica.core.flat import Site
 from lorica.core.grads import Reducer
 from lorica.core.hooks import Hooks, in_backward
-from lorica.core.norm import global_norm
+from lorica.core.norm import global_square_sum
+from lorica.core.peak import Peak, peak
 from lorica.core.prefetch import Prefetcher
+from lorica.core.streams import make_streams
 from lorica.core.unit import Unit
 from lorica.data import make_loader, route_shuffles
 from lorica.export import consolidated_state_dict, load_whole_state_dict, save_safetensors
@@ -31,7 +34,9 @@ from lorica.monitor.timers import breakdown_lines
 from lorica.optimizer import ZeroOptimizer
 from lorica.plan import STAGE, StateBytes
 from lorica.precision import LossScale
+from lorica.update.assumption import Assumption, can_be_taken_back
 from lorica.update.sync import SyncUpdate
+from lorica.update.verdict import Verdict, decide
 
 
 class Memory(NamedTuple):
@@ -79,11 +84,13 @@ class Engine(nn.Module):
         self.optimizer = self._make_optimizer(parts)
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
-        self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
+        self.micro_steps = self.global_steps = self.global_samples = self._skipped_steps = 0
         self._set_boundary: bool | None = None
         self._sync, self._explicit, self._step_applied = True, False, False
         self._update_count = 0
-        self._grad_norm: float | None = None
+        self._grad_norm: Tensor | None = None
+        self._assumed: Assumption | None = None
+        self._streams = make_streams(parts.site.device)
         self._losses: list[Tensor] = []
         self._throughput = Throughput()
         for grad in parts.reducer.planes:
@@ -95,6 +102,9 @@ class Engine(nn.Module):
             begin_backward=self._backward_began,
             max_reuse_numel=parts.config.zero_optimization.stage3_max_reuse_distance or 0,
         )
+        self._compiled = CompiledBlocks(parts.module, parts.units)
+        if parts.config.compile.enabled:
+            self.compile()
 
     def _make_optimizer(self, parts: Parts) -> ZeroOptimizer | None:
         if parts.update is None:
@@ -106,6 +116,7 @@ class Engine(nn.Module):
             step=self._take_step,
             zero_grad=self.zero_grad,
             scale=self.loss_scale,
+            settle=self._settle,
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -140,6 +151,7 @@ class Engine(nn.Module):
             ValueError: if `loss` is not a scalar.
         """
         self._require_trainable(loss)
+        self._settle()
         steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
         returned = loss / steps if steps > 1 else loss
         self._losses.append(loss.detach())
@@ -214,50 +226,90 @@ class Engine(nn.Module):
         parts = self._parts
         if parts.update is None:
             raise RuntimeError("engine.step: expected an optimizer. Fix: pass or configure one at lorica.initialize.")
+        self._settle()
         with parts.timers("reduce"):
             parts.reducer.settle()
             self._hooks.free_all()
-            norm = global_norm(parts.reducer.planes, parts.site).item() * self._grad_factor()
+            squares = global_square_sum(parts.reducer.planes, parts.site)
+            verdict = decide(squares, factor=self._grad_factor(), clip=self._config.gradient_clipping)
         with parts.timers("step"):
-            finite = _is_finite(norm)
-            if finite or not self._skips_nonfinite():
-                self._update_count += 1
-                parts.update(self._grad_factor() * self._clip_factor(norm), self._update_count)
-            self._after_update(norm, finite, lr_kwargs)
+            self._grad_norm = verdict.norm
+            if not self._skips_nonfinite():
+                self._update(verdict, lr_kwargs)
+            elif self._may_assume_finite(parts.update):
+                self._assume(verdict, lr_kwargs)
+            elif verdict.finite.item():
+                self._update(verdict, lr_kwargs)
+            else:
+                self._skip()
 
     def _grad_factor(self) -> float:
         """What turns the reduced plane (a loss-scaled sum) into the gradient of the user's loss."""
         ranks = 1 if self._config.gradient_allreduce_op == "sum" else self._parts.site.num_replicas
         return self._parts.predivide / (ranks * self.loss_scale())
 
-    def _clip_factor(self, norm: float) -> float:
-        clip = self._config.gradient_clipping
-        return min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
-
     def _skips_nonfinite(self) -> bool:
         return not self.bfloat16_enabled() or self._config.bf16.check_grad_overflow
 
-    def _after_update(self, norm: float, finite: bool, lr_kwargs: dict[str, Any] | None) -> None:
-        self._grad_norm = norm
-        skipped = not finite and self._skips_nonfinite()
-        self._step_applied = not skipped
+    def _may_assume_finite(self, update: SyncUpdate) -> bool:
+        """Whether the device skips by itself, so that the host need not wait for the norm."""
+        raises = self._config.lorica.on_nonfinite == "raise"
+        return update.runs_on_device and can_be_taken_back(self.lr_scheduler) and not raises
+
+    def _assume(self, verdict: Verdict, lr_kwargs: dict[str, Any] | None) -> None:
+        """Launch an update that the device skips if it must, and go on as if it did not."""
+        assert self._streams is not None
+        arriving = self._streams.fetch(verdict.finite)
+        self._assumed = Assumption(arriving, self._parts.loss_scale, self.lr_scheduler, self._parts.groups)
+        self._update(verdict, lr_kwargs, finite=verdict.finite)
+
+    def _settle(self) -> None:
+        """Learn whether the last step was applied, if that was only assumed."""
+        assumed, self._assumed = self._assumed, None
+        if assumed is None or assumed.held():
+            return
+        assumed.take_back()
+        self._update_count -= 1
+        self._note_skipped()
+
+    def _update(self, verdict: Verdict, lr_kwargs: dict[str, Any] | None, finite: Tensor | None = None) -> None:
+        """Update the parameters, and everything that follows a good step."""
+        parts = self._parts
+        assert parts.update is not None and self.optimizer is not None
+        self._update_count += 1
+        on_cpu = self.device.type == "cpu"
+        parts.update(float(verdict.coef) if on_cpu else verdict.coef, self._update_count, finite)
+        self._step_applied = True
+        self.optimizer.note_update(applied=True)
+        parts.loss_scale.update(overflow=False)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step(**(lr_kwargs or {}))
+        self._end_step()
+
+    def _skip(self) -> None:
+        """Leave the parameters as they are."""
+        self._note_skipped()
+        self._end_step()
+
+    def _note_skipped(self) -> None:
         assert self.optimizer is not None
-        self.optimizer.note_update(applied=not skipped)
-        if skipped:
-            self.skipped_steps += 1
-            self._report_nonfinite()
+        self._step_applied = False
+        self.optimizer.note_update(applied=False)
+        self._skipped_steps += 1
+        self._report_nonfinite()
+        self._parts.loss_scale.update(overflow=True)
+
+    def _end_step(self) -> None:
         for grad in self._parts.reducer.planes:
             grad.reset()
-        self._parts.loss_scale.update(overflow=not finite)
-        if not skipped and self.lr_scheduler is not None:
-            self.lr_scheduler.step(**(lr_kwargs or {}))
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
         self._report_step()
 
     def _report_nonfinite(self) -> None:
         scale = f", loss scale {self.loss_scale():g}" if self.fp16_enabled() else ""
-        message = f"step {self.global_steps + 1}: the gradient holds inf or nan{scale}; the step is skipped"
+        number = self._update_count + self._skipped_steps
+        message = f"step {number}: the gradient holds inf or nan{scale}; the step is skipped"
         if self._config.lorica.on_nonfinite == "raise" and not self.dynamic_loss_scale():
             raise FloatingPointError(f"{message}. Fix: lower the learning rate, or find the loss that is not finite.")
         if self.global_rank == 0:
@@ -270,12 +322,13 @@ class Engine(nn.Module):
         losses, self._losses = self._losses, []
         if not due and not self.monitor.writes:
             return
+        self._settle()
         loss = float(torch.stack(losses).float().mean()) if losses else None
         scale = self.loss_scale() if self.fp16_enabled() else None
         phases = self._parts.timers.take() if due else {}
         if due:
             rate = self._throughput.take()
-            logger.info(progress_line(self.global_steps, loss, self.get_lr(), scale, rate, self._grad_norm))
+            logger.info(progress_line(self.global_steps, loss, self.get_lr(), scale, rate, self.get_global_grad_norm()))
             for line in breakdown_lines(phases):
                 logger.info(line)
             if self._config.memory_breakdown:
@@ -361,7 +414,47 @@ class Engine(nn.Module):
 
     def was_step_applied(self) -> bool:
         """Whether the last boundary updated the parameters (False: skipped for a gradient that was not finite)."""
+        self._settle()
         return self._step_applied
+
+    @property
+    def skipped_steps(self) -> int:
+        """Boundaries at which the gradient was not finite and nothing was updated."""
+        self._settle()
+        return self._skipped_steps
+
+    # -- compilation ---------------------------------------------------------------------------------------------------
+
+    def compile(
+        self,
+        backend: str | Callable[..., Any] | None = None,
+        compile_kwargs: Mapping[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """Compile the forward of every block at its next call; a second call compiles anew.
+
+        Args:
+            backend: of torch.compile; None: the configuration's.
+            compile_kwargs: further arguments of torch.compile, before those of the configuration.
+            schedule, compiled_autograd_enabled: DeepCompile's; only their defaults are there.
+        Raises:
+            NotImplementedError: for DeepCompile, compiled autograd, and CUDA graphs.
+        """
+        self._require_alive("compile")
+        if schedule is not None or compiled_autograd_enabled:
+            raise NotImplementedError(
+                "engine.compile: schedules and compiled autograd are not there yet. Fix: leave them out; "
+                "blocks are compiled, and gathering stays outside of them."
+            )
+        wanted = self._config.compile.model_dump(include={"backend", "mode", "dynamic", "fullgraph"})
+        chosen = {} if backend is None else {"backend": backend}
+        self._compiled.compile({**wanted, **(compile_kwargs or {}), **chosen}, log=self.global_rank == 0)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether blocks are compiled."""
+        return self._compiled.active
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -376,6 +469,11 @@ class Engine(nn.Module):
             for grad in unit.grads:
                 allocated += StateBytes(grad=grad.held_bytes())
         return Memory(planned, allocated)
+
+    def peak(self) -> Peak:
+        """The most that model states will take on this rank: known before the first step, and the same in every run."""
+        ahead, max_live = self._parts.prefetcher.budget
+        return peak(self._parts.units, len(self._moment_names()), ahead_numel=ahead, max_live_numel=max_live)
 
     def _moment_names(self) -> tuple[str, ...]:
         return next((tuple(flat.moments) for unit in self._parts.units for flat in unit.flats if flat.moments), ())
@@ -459,6 +557,8 @@ class Engine(nn.Module):
         if self._parts is _DESTROYED:
             return
         parts, self._parts = self._parts, _DESTROYED
+        self._assumed = None
+        self._compiled.restore()
         self._hooks.close()
         parts.reducer.close()
         parts.monitor.close()
@@ -572,10 +672,12 @@ class Engine(nn.Module):
 
     def get_lr(self) -> list[float]:
         """The learning rate of every param group."""
+        self._settle()
         return [float(group["lr"]) for group in self._parts.groups]
 
     def get_mom(self) -> list[Any]:
         """Momentum, or betas, of every param group."""
+        self._settle()
         return [group.get("momentum", group.get("betas")) for group in self._parts.groups]
 
     def get_type(self) -> list[str]:
@@ -584,10 +686,11 @@ class Engine(nn.Module):
 
     def get_global_grad_norm(self) -> float | None:
         """L2 norm of the averaged gradient at the last boundary, before clipping; None before the first."""
-        return self._grad_norm
+        return None if self._grad_norm is None else float(self._grad_norm)
 
     def loss_scale(self) -> float:
         """The present loss scale; 1.0 without fp16."""
+        self._settle()
         return self._parts.loss_scale.scale
 
     def dynamic_loss_scale(self) -> bool:
@@ -663,10 +766,6 @@ class _Destroyed:
 
 
 _DESTROYED: Any = _Destroyed()
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0
 
 
 def _environment_int(name: str) -> int:

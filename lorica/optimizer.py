@@ -27,14 +27,27 @@ class ZeroOptimizer(torch.optim.Optimizer):
         step: Callable[[], None],
         zero_grad: Callable[[], None],
         scale: Callable[[], float],
+        settle: Callable[[], None],
     ) -> None:
-        """Wrap `groups`; `client` is the user's own optimizer, if there was one."""
+        """Wrap `groups`.
+
+        Args:
+            client: the user's own optimizer, if there was one.
+            step, zero_grad, scale: the engine's.
+            settle: learn whether the last step was applied, if the device has not said so yet.
+        """
         super().__init__([{"params": [torch.zeros(())]}], dict(defaults))
         self.param_groups = groups
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.client = client
-        self.overflow = False
-        self._step, self._zero, self._scale = step, zero_grad, scale
+        self._overflow = False
+        self._step, self._zero, self._scale, self._settle = step, zero_grad, scale, settle
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last step was skipped because the gradient was not finite."""
+        self._settle()
+        return self._overflow
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -59,7 +72,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def note_update(self, *, applied: bool) -> None:
         """An update was made or skipped. torch's schedulers warn unless they see that `step` was called before them."""
-        self.overflow = not applied
+        self._overflow = not applied
         for optimizer in (self, self.client):
             if applied and optimizer is not None:
                 optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -70,6 +83,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Hyper-parameters of the groups. The sharded state itself is saved by `engine.save_checkpoint`."""
+        self._settle()
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
         return {"param_groups": groups, "loss_scale": self.loss_scale, "overflow": self.overflow}
 

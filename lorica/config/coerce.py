@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from lorica.config.errors import show
 from lorica.config.keys import Form, KeyInfo
+from lorica.config.suggest import nearest
 
 _DTYPES = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32",
@@ -74,6 +75,8 @@ def read_value(value: Any, annotation: Any, info: KeyInfo) -> Read:
         Mismatch: it cannot be read as that.
     """
     leaf = leaf_of(annotation)
+    if info.form is Form.SELECTION:
+        return _selection(value, _selectable(annotation))
     if info.form in _FORMS:
         return _FORMS[info.form](value)
     if leaf.choices:
@@ -96,6 +99,8 @@ def expectation(declared: FieldInfo, info: KeyInfo) -> str:
         text = "one of " + ", ".join(show(choice) for choice in leaf.choices)
     elif info.form is Form.NUMBERS:
         text = "a number >= 0, or a list with one per parameter group"
+    elif info.form is Form.SELECTION:
+        text = 'false, "auto", or a list out of ' + ", ".join(show(name) for name in _selectable(declared.annotation))
     else:
         text = _in_words(leaf.type)
     limits = " and ".join(_limit(item) for item in declared.metadata if _limit(item))
@@ -214,6 +219,40 @@ def _items(value: Any, members: tuple[Any, ...]) -> Read:
         raise Mismatch
     reads = [_READERS[_bare(member)](item) for member, item in zip(members, value, strict=True)]
     return Read(tuple(read.value for read in reads), next((read.remark for read in reads if read.remark), ""))
+
+
+def _selection(value: Any, names: tuple[str, ...]) -> Read:
+    """False, "auto", or some of `names`, each once."""
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word == "auto":
+            return Read(word)
+        if word not in _BOOLEANS:
+            return Read((_name(word, names),), "one name was read as a list of one")
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return Read(tuple(dict.fromkeys(_name(item, names) for item in value)))
+    read = _boolean(value)
+    if read.value:
+        raise Mismatch('write "auto" for all that there are')
+    return read
+
+
+def _name(item: Any, names: tuple[str, ...]) -> str:
+    """One item of a selection."""
+    if not isinstance(item, str):
+        raise Mismatch
+    word = item.strip().lower()
+    if word not in names:
+        near = nearest(word, names)
+        raise Mismatch(f"write {show(near)} for {show(item)}" if near else "")
+    return word
+
+
+def _selectable(annotation: Any) -> tuple[str, ...]:
+    """What the list of a SELECTION key may hold: the literals of the tuple in its annotation."""
+    (listed,) = (member for member in get_args(annotation) if get_origin(member) is tuple)
+    names: tuple[str, ...] = get_args(get_args(listed)[0])
+    return names
 
 
 def _mapping(value: Any) -> Read:

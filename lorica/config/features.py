@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from lorica.config.keys import Block, Form, Status, block, detail, key, no_effect, not_yet
 from lorica.config.precision import DtypeName
@@ -10,6 +10,7 @@ from lorica.config.precision import DtypeName
 _POSITIVE = {"ge": 1}
 _AT_LEAST_0 = {"ge": 0}
 _LEAVE_OFF = "leave it off"
+_CUDA_GRAPHS = dict.fromkeys(("reduce-overhead", "max-autotune"), 'use "max-autotune-no-cudagraphs", or leave it out')
 
 
 class ActivationCheckpointing(Block):
@@ -124,8 +125,17 @@ class ExpertParallel(Block):
 
 
 class Compile(Block):
-    """Graph passes of DeepCompile."""
+    """torch.compile of blocks, and graph passes of DeepCompile."""
 
+    enabled: bool = key(False, "Compile the forward of every block with torch.compile; gathering stays outside of it.")
+    backend: str = key("inductor", "Backend of torch.compile.")
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = key(
+        None, "Mode of torch.compile.", shown_default="the backend's own", refused=_CUDA_GRAPHS
+    )
+    dynamic: bool | None = key(
+        None, "Compile for changing sizes from the start, or never.", shown_default="once a size has changed"
+    )
+    fullgraph: bool = key(True, "A block that torch.compile would cut into pieces is an error that says where.")
     deepcompile: bool = not_yet(
         False, "Compile the model together with ZeRO.", "leave it false; torch.compile of blocks works"
     )
@@ -141,6 +151,23 @@ class Compile(Block):
     sync_after_reduce: bool = detail(False, "Synchronise after a reduction.", of="deepcompile")
     sync_before_allgather: bool = detail(False, "Synchronise before a gather.", of="deepcompile")
     sync_after_allgather: bool = detail(False, "Synchronise after a gather.", of="deepcompile")
+
+
+KernelOp = Literal["layer_norm", "rms_norm", "swiglu", "gelu", "rotary", "linear_cross_entropy"]
+
+
+class Kernels(Block):
+    """Fused kernels in place of modules of the model (lorica.ops.inject)."""
+
+    inject: Literal[False, "auto"] | tuple[KernelOp, ...] = key(
+        False,
+        'Replace modules of the model by fused kernels, which round in another order: `"auto"` every one that has a '
+        "kernel, a list only these: " + ", ".join(f"`{name}`" for name in get_args(KernelOp)) + ".",
+        form=Form.SELECTION,
+    )
+    library: Literal["auto", "lorica", "liger"] = key(
+        "auto", 'Whose kernels: `"auto"` the best of the installed ones for each; `liger` needs liger-kernel.'
+    )
 
 
 class HybridEngine(Block):
@@ -240,7 +267,8 @@ class FeatureKeys(Block):
     data_parallel_size: int | None = key(
         None, "Data-parallel ranks; checked against the world size.", bounds=_POSITIVE, shown_default="all ranks"
     )
-    compile: Compile = block(Compile, "Graph passes of DeepCompile.")
+    compile: Compile = block(Compile, "torch.compile of blocks, and graph passes of DeepCompile.")
+    kernels: Kernels = block(Kernels, "Fused kernels in place of modules of the model; DeepSpeed has no such block.")
     hybrid_engine: HybridEngine = block(HybridEngine, "One engine for training and generation.")
     elasticity: Elasticity = block(Elasticity, "Batch sizes that fit many world sizes.")
     curriculum_learning: CurriculumLearning = block(CurriculumLearning, "Sequence lengths that grow.")

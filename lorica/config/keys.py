@@ -28,6 +28,7 @@ class Form(str, Enum):
     DTYPE = "dtype"  # fp32, fp16, bf16 and their other names
     NUMBERS = "numbers"  # one number, or one per parameter group
     PARAMS = "params"  # keyword arguments whose names depend on the `type` beside them
+    SELECTION = "selection"  # false: none; "auto": all that there are; or a list of names
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lorica.config.schema import Config, Provenance
 from lorica.config.source import Source, open_source, plain
 
 _STAGE3 = "zero_optimization.stage3_"
+_KERNEL_LIBRARY = "kernels.library"
 
 
 def load(
@@ -50,6 +51,8 @@ def _with_provenance(config: Config, opened: Source, reading: Reading) -> Config
     ignored = dict(reading.ignored)
     if config.zero_optimization.stage < 3:
         ignored |= {key: "only means something at stage 3" for key in reading.given if key.startswith(_STAGE3)}
+    if not config.kernels.inject and _KERNEL_LIBRARY in reading.given:
+        ignored[_KERNEL_LIBRARY] = "only means something with kernels.inject"
     return config.with_provenance(
         Provenance(
             source=opened.name,

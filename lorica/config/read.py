@@ -140,7 +140,9 @@ class _Walker:
             self.leaf(declared, info, value, path, values)
 
     def is_auto(self, value: Any, declared: FieldInfo) -> bool:
-        return value == AUTO and AUTO not in leaf_of(declared.annotation).choices and declared.default != AUTO
+        """Whether the value leaves the choice to the engine; some keys have an "auto" of their own."""
+        own = AUTO in leaf_of(declared.annotation).choices or info_of(declared).form is Form.SELECTION
+        return value == AUTO and not own and declared.default != AUTO
 
     def auto(self, declared: FieldInfo, path: Path, values: dict[str, Any]) -> None:
         """ "auto": None where the key allows it, so that the engine sees it has to choose; else the default."""

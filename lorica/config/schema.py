@@ -45,11 +45,16 @@ class Units(Block):
 
 
 class Lorica(Block):
-    """Lorica's own keys: the only ones that DeepSpeed does not have."""
+    """Lorica's own keys: with `kernels`, the only ones that DeepSpeed does not have."""
 
     units: Units = block(Units, "How the model is cut into units.")
     transport: Literal["auto", "gloo", "shm"] = key(
         "auto", "Transport between CPU ranks: shared memory on one host, gloo across hosts."
+    )
+    split_master: bool | None = key(
+        None,
+        "Keep the low 16 bits of the master beside a bf16 parameter instead of an fp32 master: the same bits, 2 bytes less.",
+        shown_default="where the optimizer updates element by element and has its state where the parameters are",
     )
     on_nonfinite: Literal["skip", "raise"] = key("skip", "What to do with a gradient that holds inf or nan.")
     on_min_loss_scale: Literal["raise", "warn"] = key("raise", "What to do at an overflow at fp16.min_loss_scale.")
@@ -244,6 +249,8 @@ class Config(FeatureKeys, MonitoringKeys, ZeroKeys, OptimizationKeys, PrecisionK
             parts.append(f"parameters on {zero.offload_param.device}")
         if zero.mics_shard_size > 0:
             parts.append(f"sharded over {zero.mics_shard_size} ranks")
+        if self.kernels.inject:
+            parts.append("fused kernels")
         return " | ".join(parts)
 
     def _optimizer_text(self) -> str:

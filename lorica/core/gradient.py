@@ -22,10 +22,13 @@ from torch import Tensor
 
 from lorica.core.flat import Flat, dtype_of
 from lorica.core.lifecycle import GRAD_MOVES, GradState, Lifecycle
+from lorica.core.norm import sum_of_squares
+from lorica.kernels import runtime
 from lorica.layout import ALIGN
 
 if TYPE_CHECKING:
     from lorica.comm.base import Handle
+    from lorica.kernels.pack import ChunkMap
 
 MAX_PIECES_IN_FLIGHT = 2
 
@@ -47,6 +50,8 @@ class GradPlane:
         self.reduced: Tensor | None = None
         self.state = Lifecycle(f"gradient of {flat.name}", GRAD_MOVES, GradState.IDLE)
         self._local: Tensor | None = None
+        self._squares: Tensor | None = None  # of `reduced`, in parts, where the pack has summed them
+        self._chunks: ChunkMap | None = None
         self._keep, self._predivide = keep, predivide
         self.factor: Callable[[], float] = lambda: 1.0  # from the reduced sum to the user's gradient; set by the engine
         flat.grad_plane = self
@@ -91,6 +96,15 @@ class GradPlane:
         slots = self.flat.layout.slots
         return [slot.name for slot, p in zip(slots, self.flat.params, strict=True) if p.grad is None and slot.numel]
 
+    @property
+    def staging_bytes(self) -> int:
+        """The most that this plane's reductions take of the transport's staging memory at a time."""
+        if self.flat.comm.world_size == 1:
+            return 0
+        widest = max(end - begin for begin, end in self._pieces)
+        pieces = min(MAX_PIECES_IN_FLIGHT, len(self._pieces))
+        return pieces * widest * self.flat.comm.world_size * self.comm_dtype.itemsize
+
     # -- reduction -----------------------------------------------------------------------------------------------------
 
     def launch(self) -> None:
@@ -115,6 +129,9 @@ class GradPlane:
 
     def _take_all(self, out: Tensor, accumulate: bool) -> None:
         """The only rank of its group: its gradients are the sum, and no wire dtype rounds them."""
+        self._squares = self._pack_and_sum(out, accumulate)
+        if self._squares is not None:
+            return
         shard_numel = self.flat.layout.shard_numel
         if not accumulate:
             self._pack(out, 0, shard_numel)
@@ -126,6 +143,28 @@ class GradPlane:
             staging = torch.empty_like(out)
             self._pack(staging, 0, shard_numel)
             out.add_(staging)
+
+    def _pack_and_sum(self, out: Tensor, accumulate: bool) -> Tensor | None:
+        """Pack by the kernel that also sums the squares; None where it does not take these gradients."""
+        if self._local is not None or not runtime.runs_on(out.device):
+            return None
+        from lorica.kernels import pack
+
+        grads = [p.grad for p in self.flat.params]
+        if not pack.fits(grads, out):
+            return None
+        if self._chunks is None:
+            self._chunks = pack.chunk_map(self.flat.layout, out.device)
+        squares = torch.empty(self._chunks.num_chunks, dtype=torch.float32, device=out.device)
+        pack.pack(grads, self._chunks, out, squares, accumulate=accumulate, scale=1.0 / self._predivide)
+        return squares
+
+    def square_sum(self) -> Tensor:
+        """Sum of squares of this rank's part of the reduced gradient: a float64 scalar on its device."""
+        assert self.reduced is not None
+        if self._squares is not None:
+            return torch.sum(self._squares, dtype=torch.float64)
+        return sum_of_squares(self.own_part(self.reduced))
 
     def _pack(self, staging: Tensor, begin: int, end: int) -> None:
         """Lay columns [begin, end) of every rank's shard one after the other into `staging`, cast."""
@@ -171,7 +210,7 @@ class GradPlane:
     def _own_part(self) -> Tensor:
         if self.reduced is None:
             numel = self.flat.layout.numel if self._replicated else self.flat.layout.shard_numel
-            self.reduced = torch.zeros(numel, dtype=self.dtype, device=self.flat.site.device)
+            self.reduced = torch.empty(numel, dtype=self.dtype, device=self.flat.site.device)  # the pack writes it all
         return self.own_part(self.reduced)
 
     @property
@@ -210,6 +249,7 @@ class GradPlane:
         own, site = self.own_part(self.reduced), self.flat.site
         if site.replicate is not None:
             site.replicate.all_reduce(own).wait()
+            self._squares = None
         if self._replicated and site.shard.world_size > 1:
             site.shard.all_gather(own, self.reduced).wait()
         self.state.to(GradState.READY)
@@ -252,12 +292,14 @@ class GradPlane:
             raw = raw / site.replicate.world_size  # each replica holds its share of the sum
         start = 0 if self._replicated else self.flat.start
         self.flat.fill_plane(self.reduced, start, index, raw)
+        self._squares = None
 
     def reset(self) -> None:
         """After the optimizer step, or to drop what was accumulated."""
         self.wait()
         if self.state.state is not GradState.IDLE:
             self.state.to(GradState.IDLE)
+        self._squares = None
         if not self._keep:
             self.reduced = None
 

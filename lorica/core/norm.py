@@ -1,15 +1,18 @@
-"""The norm of all gradients over all ranks, computed in one order whatever the stage. Does not clip."""
+"""The sum of squares of all gradients over all ranks, computed in one order whatever the stage. Does not clip."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lorica.core.flat import Site
-from lorica.core.gradient import GradPlane
 from lorica.layout import ALIGN
+
+if TYPE_CHECKING:
+    from lorica.core.flat import Site
+    from lorica.core.gradient import GradPlane
 
 
 def sum_of_squares(flat: Tensor) -> Tensor:
@@ -22,15 +25,15 @@ def sum_of_squares(flat: Tensor) -> Tensor:
     return total
 
 
-def global_norm(planes: Sequence[GradPlane], site: Site) -> Tensor:
-    """L2 norm of the reduced gradients (sums over ranks, still loss-scaled): a float64 scalar, equal on all ranks.
+def global_square_sum(planes: Sequence[GradPlane], site: Site) -> Tensor:
+    """Squares of the reduced gradients (sums over ranks, still loss-scaled): a float64 scalar, equal on all ranks.
 
     Every stage sums the same shards in the same order, so stages agree to the bit. Collective.
     """
     total = torch.zeros(1, dtype=torch.float64, device=site.device)
     for plane in planes:
         if plane.reduced is not None:
-            total += sum_of_squares(plane.own_part(plane.reduced))
+            total += plane.square_sum()
     if site.shard.world_size > 1:
         site.shard.all_reduce(total).wait()
-    return total.sqrt()[0]
+    return total[0]

@@ -28,6 +28,11 @@ class Prefetcher:
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
+    @property
+    def budget(self) -> tuple[int, int | None]:
+        """Elements to gather ahead, and elements that may be whole at a time (None: no bound)."""
+        return self._ahead, self._max_live
+
     def start_pass(self) -> None:
         """A forward pass of the whole model begins."""
         self._last = None

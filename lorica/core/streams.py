@@ -8,7 +8,7 @@ host run on the side streams made here ("d2h", "h2d"); an event behind each copy
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -37,6 +37,18 @@ class CudaStreams:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+    def fetch(self, value: Tensor) -> Callable[[], Tensor]:
+        """Start bringing a small tensor to the host; call the result to wait for it and have it."""
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        host.copy_(value, non_blocking=True)
+        event = self.record()
+
+        def wait() -> Tensor:
+            event.synchronize()
+            return host
+
+        return wait
 
     def timer(self) -> torch.cuda.Event:
         """An event that can tell the time; the caller records it."""

@@ -33,29 +33,40 @@ class SyncUpdate:
             plane.flat.alloc_moments(optimizer.moments)
             for segment in self._segments(plane.flat, None, None):
                 optimizer.init_state(segment)
+        self.runs_on_device = all(self._runs_on_device(plane) for plane in self._planes)
 
-    def __call__(self, coef: float, step: int) -> None:
+    def _runs_on_device(self, plane: GradPlane) -> bool:
+        """Whether the plane's update reads `coef` and `apply` on the compute device, without waiting for them."""
+        flat = plane.flat
+        tier = self._site.tiers[flat.plan.master.tier]
+        grad = torch.empty(0, dtype=plane.dtype, device=tier.device)
+        segments = self._segments(flat, grad, self._output(flat, flat.owned, tier))
+        return all(self._optimizer.runs_on_device(segment) for segment in segments)
+
+    def __call__(self, coef: Tensor | float, step: int, apply: Tensor | None = None) -> None:
         """Update every unit from its reduced gradient and give all ranks the new parameters. Collective.
 
         Args:
-            coef: multiplies the gradient: mean over ranks, loss scale, clipping.
+            coef: multiplies the gradient: mean over ranks, loss scale, clipping; a float, or [1] on the compute device.
             step: 1 for the first update.
+            apply: [1] int32, 0: change nothing. Only if `runs_on_device`.
         """
         self._site.shard.fence()
+        self._optimizer.prepare(self._groups, step, self._site.device)
         for plane in self._planes:
-            self._update(plane, coef, step)
+            self._update(plane, coef, step, apply)
             plane.flat.publish()
         for plane in self._planes:
             plane.flat.wait()
 
-    def _update(self, plane: GradPlane, coef: float, step: int) -> None:
+    def _update(self, plane: GradPlane, coef: Tensor | float, step: int, apply: Tensor | None) -> None:
         flat, tier = plane.flat, self._site.tiers[plane.flat.plan.master.tier]
         assert plane.reduced is not None
         grad = self._read(plane.reduced, tier)
-        target = flat.shard if flat.plan.master.sharded else flat.full
+        target = flat.owned
         out = self._output(flat, target, tier)
         segments = self._segments(flat, grad, out)
-        self._optimizer.update(segments, coef=coef, step=step, comm=self._comm(flat), layout=flat.layout)
+        self._optimizer.update(segments, coef=coef, step=step, apply=apply, comm=self._comm(flat), layout=flat.layout)
         self._write(flat, out, target)
 
     def _read(self, grad: Tensor, tier: Tier) -> Tensor:
