@@ -156,8 +156,9 @@ def traced(step: Callable[[Tensor], Tensor], batch: Tensor, path: Path) -> dict[
         torch.cuda.synchronize()
     profiler.export_chrome_trace(str(path))
     events = profiler.events() or []
-    whole = next(event.time_range for event in events if event.name == "one_step")
-    inside = (event.name for event in events if whole.start <= event.time_range.start <= whole.end)
+    on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    whole = next(event.time_range for event in on_host if event.name == "one_step")
+    inside = (event.name for event in on_host if whole.start <= event.time_range.start <= whole.end)
     return dict(Counter(name for name in inside if name in RUNTIME_SYNCS))
 
 

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_engines import ENGINES  # noqa: E402
 from benchmarks.gpu_job import CEILINGS, job_main  # noqa: E402
-from benchmarks.gpu_tables import GIB, Job, replace_table, tables  # noqa: E402
+from benchmarks.gpu_tables import GIB, Job, replace_between, tables  # noqa: E402
 from benchmarks.llama import MODELS, SIZES  # noqa: E402
 
 # Where DeepSpeed's loader compiles its operators; the environment's own choice wins.
@@ -237,7 +237,7 @@ def main() -> int:
         (options.out / "tables.md").write_text(text)
     if options.doc is not None:
         for name, table in made.items():
-            replace_table(options.doc, name, table)
+            replace_between(options.doc, f"gpu_step {name}", table)
     failed = {(job.size, job.engine): o for job, o in results.items() if "log" in o and "problem" in o}
     for (size, engine), outcome in failed.items():
         print(f"{engine} at {size} failed; the end of its log:\n{outcome['log']}\n", file=sys.stderr)

@@ -184,9 +184,9 @@ def tables(results: dict[Job, dict[str, Any]], options: dict[str, Any]) -> dict[
     return ({CEILINGS: top} if top else {}) | made
 
 
-def replace_table(doc: Path, name: str, table: str) -> None:
+def replace_between(doc: Path, name: str, table: str) -> None:
     """Put a table between the two markers that a Markdown file has for it."""
-    begin, end = (f"<!-- gpu_step {name}: {edge} -->" for edge in ("begin", "end"))
+    begin, end = (f"<!-- {name}: {edge} -->" for edge in ("begin", "end"))
     text = doc.read_text()
     if begin not in text or end not in text:
         raise ValueError(f"--doc: expected the lines {begin} and {end} in {doc}, found neither or one. Fix: add both.")

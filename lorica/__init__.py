@@ -18,7 +18,7 @@ _EXPORTS = {
     "Config": "lorica.config",
     "ConfigError": "lorica.config",
 }
-_SUBMODULES = ("zero", "comm", "config", "optim", "schedules")
+_SUBMODULES = ("zero", "comm", "config", "ops", "optim", "schedules")
 
 __all__ = [
     "Config",
@@ -30,13 +30,14 @@ __all__ = [
     "config",
     "init_distributed",
     "initialize",
+    "ops",
     "optim",
     "schedules",
     "zero",
 ]
 
 if TYPE_CHECKING:
-    from lorica import comm, config, optim, schedules, zero
+    from lorica import comm, config, ops, optim, schedules, zero
     from lorica.arguments import add_config_arguments
     from lorica.comm import init_distributed
     from lorica.config import Config, ConfigError

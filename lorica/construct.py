@@ -24,6 +24,7 @@ from lorica.log import logger, make_visible
 from lorica.mesh import Mesh
 from lorica.monitor import Monitor, Timers
 from lorica.ops.inject import inject
+from lorica.ops.linear_cross_entropy import LazyHead
 from lorica.optim.base import FlatOptimizer
 from lorica.optim.registry import from_client, from_config
 from lorica.plan import REPLICATE_AXIS, SHARD_AXIS
@@ -227,6 +228,7 @@ def _build(
             client_optimizer=chosen.client if chosen is not None else None,
             predivide=predivide,
             mpu=mpu,
+            before_update=[module.expire for module in model.modules() if isinstance(module, LazyHead)],
         )
     )
     engine.lr_scheduler = _choose_scheduler(config, scheduler, engine.optimizer)

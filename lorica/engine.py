@@ -7,7 +7,7 @@ in `core/`, arithmetic in `optim/`, transport in `comm/`. `construct.py` builds 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from lorica.monitor.timers import breakdown_lines
 from lorica.optimizer import ZeroOptimizer
 from lorica.plan import STAGE, StateBytes
 from lorica.precision import LossScale
-from lorica.update.assumption import Assumption, can_be_taken_back
+from lorica.update.assumption import Assumptions, State, can_be_taken_back
 from lorica.update.sync import SyncUpdate
 from lorica.update.verdict import Verdict, decide
 
@@ -65,6 +65,7 @@ class Parts:
     client_optimizer: torch.optim.Optimizer | None = None
     predivide: float = 1.0
     mpu: Any = None
+    before_update: Sequence[Callable[[], None]] = ()  # what holds on to present parameter values lets go of them
 
 
 class Engine(nn.Module):
@@ -89,7 +90,7 @@ class Engine(nn.Module):
         self._sync, self._explicit, self._step_applied = True, False, False
         self._update_count = 0
         self._grad_norm: Tensor | None = None
-        self._assumed: Assumption | None = None
+        self._assumed = Assumptions()
         self._streams = make_streams(parts.site.device)
         self._losses: list[Tensor] = []
         self._throughput = Throughput()
@@ -151,7 +152,6 @@ class Engine(nn.Module):
             ValueError: if `loss` is not a scalar.
         """
         self._require_trainable(loss)
-        self._settle()
         steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
         returned = loss / steps if steps > 1 else loss
         self._losses.append(loss.detach())
@@ -226,7 +226,7 @@ class Engine(nn.Module):
         parts = self._parts
         if parts.update is None:
             raise RuntimeError("engine.step: expected an optimizer. Fix: pass or configure one at lorica.initialize.")
-        self._settle()
+        self._settle(wait=False)
         with parts.timers("reduce"):
             parts.reducer.settle()
             self._hooks.free_all()
@@ -236,17 +236,21 @@ class Engine(nn.Module):
             self._grad_norm = verdict.norm
             if not self._skips_nonfinite():
                 self._update(verdict, lr_kwargs)
+                self._end_step()
             elif self._may_assume_finite(parts.update):
                 self._assume(verdict, lr_kwargs)
             elif verdict.finite.item():
                 self._update(verdict, lr_kwargs)
+                self._end_step()
             else:
-                self._skip()
+                self._note_applied(False)
+                self._note_skipped(self.global_steps + 1)
+                self._end_step()
 
     def _grad_factor(self) -> float:
         """What turns the reduced plane (a loss-scaled sum) into the gradient of the user's loss."""
         ranks = 1 if self._config.gradient_allreduce_op == "sum" else self._parts.site.num_replicas
-        return self._parts.predivide / (ranks * self.loss_scale())
+        return self._parts.predivide / (ranks * self._parts.loss_scale.scale)
 
     def _skips_nonfinite(self) -> bool:
         return not self.bfloat16_enabled() or self._config.bf16.check_grad_overflow
@@ -259,44 +263,50 @@ class Engine(nn.Module):
     def _assume(self, verdict: Verdict, lr_kwargs: dict[str, Any] | None) -> None:
         """Launch an update that the device skips if it must, and go on as if it did not."""
         assert self._streams is not None
-        arriving = self._streams.fetch(verdict.finite)
-        self._assumed = Assumption(arriving, self._parts.loss_scale, self.lr_scheduler, self._parts.groups)
+        arriving, before = self._streams.fetch(verdict.finite), self._state()
         self._update(verdict, lr_kwargs, finite=verdict.finite)
+        self._assumed.add(self.global_steps + 1, arriving, before, self._state())
+        self._end_step()
 
-    def _settle(self) -> None:
-        """Learn whether the last step was applied, if that was only assumed."""
-        assumed, self._assumed = self._assumed, None
-        if assumed is None or assumed.held():
+    def _state(self) -> State:
+        return State(self._parts.loss_scale, self.lr_scheduler, self._parts.groups)
+
+    def _settle(self, *, wait: bool = True) -> None:
+        """Learn which of the last steps were applied, where that was only assumed."""
+        outcomes = self._assumed.settle(wait=wait)
+        skipped = [outcome.number for outcome in outcomes if not outcome.applied]
+        if not skipped or self._parts.update is None:
             return
-        assumed.take_back()
-        self._update_count -= 1
-        self._note_skipped()
+        self._parts.update.know_skipped(len(skipped))
+        self._update_count -= len(skipped)
+        for number in skipped:
+            self._note_skipped(number)
+        self._note_applied(outcomes[-1].applied or len(self._assumed) > 0)
 
     def _update(self, verdict: Verdict, lr_kwargs: dict[str, Any] | None, finite: Tensor | None = None) -> None:
         """Update the parameters, and everything that follows a good step."""
         parts = self._parts
-        assert parts.update is not None and self.optimizer is not None
+        assert parts.update is not None
+        for let_go in parts.before_update:
+            let_go()
         self._update_count += 1
         on_cpu = self.device.type == "cpu"
         parts.update(float(verdict.coef) if on_cpu else verdict.coef, self._update_count, finite)
-        self._step_applied = True
-        self.optimizer.note_update(applied=True)
+        self._note_applied(True)
         parts.loss_scale.update(overflow=False)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
-        self._end_step()
 
-    def _skip(self) -> None:
-        """Leave the parameters as they are."""
-        self._note_skipped()
-        self._end_step()
-
-    def _note_skipped(self) -> None:
+    def _note_applied(self, applied: bool) -> None:
+        """Remember what became of the last step."""
         assert self.optimizer is not None
-        self._step_applied = False
-        self.optimizer.note_update(applied=False)
+        self._step_applied = applied
+        self.optimizer.note_update(applied=applied)
+
+    def _note_skipped(self, number: int) -> None:
+        """Step `number` found a gradient that is not finite."""
         self._skipped_steps += 1
-        self._report_nonfinite()
+        self._report_nonfinite(number)
         self._parts.loss_scale.update(overflow=True)
 
     def _end_step(self) -> None:
@@ -306,9 +316,8 @@ class Engine(nn.Module):
         self.global_samples += self.train_batch_size()
         self._report_step()
 
-    def _report_nonfinite(self) -> None:
-        scale = f", loss scale {self.loss_scale():g}" if self.fp16_enabled() else ""
-        number = self._update_count + self._skipped_steps
+    def _report_nonfinite(self, number: int) -> None:
+        scale = f", loss scale {self._parts.loss_scale.scale:g}" if self.fp16_enabled() else ""
         message = f"step {number}: the gradient holds inf or nan{scale}; the step is skipped"
         if self._config.lorica.on_nonfinite == "raise" and not self.dynamic_loss_scale():
             raise FloatingPointError(f"{message}. Fix: lower the learning rate, or find the loss that is not finite.")
@@ -557,7 +566,7 @@ class Engine(nn.Module):
         if self._parts is _DESTROYED:
             return
         parts, self._parts = self._parts, _DESTROYED
-        self._assumed = None
+        self._assumed.clear()
         self._compiled.restore()
         self._hooks.close()
         parts.reducer.close()
@@ -690,7 +699,8 @@ class Engine(nn.Module):
 
     def loss_scale(self) -> float:
         """The present loss scale; 1.0 without fp16."""
-        self._settle()
+        if self.dynamic_loss_scale():
+            self._settle()
         return self._parts.loss_scale.scale
 
     def dynamic_loss_scale(self) -> bool:

@@ -53,7 +53,7 @@ class Lorica(Block):
     )
     split_master: bool | None = key(
         None,
-        "Keep the low 16 bits of the master beside a bf16 parameter instead of an fp32 master: the same bits, 2 bytes less.",
+        "Keep the 16 low bits of the master beside a bf16 parameter, not an fp32 master: the same bits, 2 bytes less.",
         shown_default="where the optimizer updates element by element and has its state where the parameters are",
     )
     on_nonfinite: Literal["skip", "raise"] = key("skip", "What to do with a gradient that holds inf or nan.")

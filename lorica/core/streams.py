@@ -8,11 +8,28 @@ host run on the side streams made here ("d2h", "h2d"); an event behind each copy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+
+class Arrival:
+    """A small tensor on its way to the host."""
+
+    def __init__(self, host: Tensor, event: torch.cuda.Event) -> None:
+        self._host, self._event = host, event
+
+    def query(self) -> bool:
+        """Whether it is there."""
+        return bool(self._event.query())
+
+    def wait(self) -> Tensor:
+        """Wait for it, if it is not there."""
+        if not self.query():
+            self._event.synchronize()
+        return self._host
 
 
 class CudaStreams:
@@ -38,17 +55,11 @@ class CudaStreams:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def fetch(self, value: Tensor) -> Callable[[], Tensor]:
-        """Start bringing a small tensor to the host; call the result to wait for it and have it."""
+    def fetch(self, value: Tensor) -> Arrival:
+        """Start bringing a small tensor to the host."""
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         host.copy_(value, non_blocking=True)
-        event = self.record()
-
-        def wait() -> Tensor:
-            event.synchronize()
-            return host
-
-        return wait
+        return Arrival(host, self.record())
 
     def timer(self) -> torch.cuda.Event:
         """An event that can tell the time; the caller records it."""

@@ -190,21 +190,24 @@ def losses_and_gradients(
     Returns:
         [N], and the gradients in the dtypes of input, weight and bias.
     """
+    with torch.autocast(problem.x_ND.device.type, enabled=False):
+        sums = _Sums(problem, wanted, wide)
+        return _run_chunks(problem, sums, scale if any(wanted) else None), sums.result()
+
+
+def _run_chunks(problem: Problem, sums: _Sums, scale: Tensor | None) -> Tensor:
+    """The loss of each row; `sums` gets the gradients. The chunks' logits are gone when this returns."""
     num_rows, step = problem.x_ND.shape[0], problem.chunk_rows
     loss_N = problem.x_ND.new_empty(num_rows, dtype=problem.dtype)
-    with torch.autocast(problem.x_ND.device.type, enabled=False):
-        weight_VD = problem.weight_VD.to(problem.x_ND.dtype)
-        bias_V = None if problem.bias_V is None else problem.bias_V.to(problem.x_ND.dtype)
-        sums = _Sums(problem, weight_VD, wanted, wide)
-        block_NV = problem.x_ND.new_empty(min(step, num_rows), problem.num_classes)
-        for start in range(0, num_rows, step):
-            rows = slice(start, min(start + step, num_rows))
-            logits_NV = linear(problem.x_ND[rows], weight_VD, bias_V, out=block_NV[: rows.stop - start])
-            scale_N = scale[rows] if scale is not None and scale.dim() else scale
-            options, target_N = problem.options, problem.target_N[rows]
-            loss_N[rows] = cross_entropy_(logits_NV, target_N, options, scale_N if any(wanted) else None).loss_N
-            sums.add(rows, logits_NV)
-        return loss_N, sums.result()
+    bias_V = None if problem.bias_V is None else problem.bias_V.to(problem.x_ND.dtype)
+    block_NV = problem.x_ND.new_empty(min(step, num_rows), problem.num_classes)
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        logits_NV = linear(problem.x_ND[rows], sums.weight_VD, bias_V, out=block_NV[: rows.stop - start])
+        scale_N = scale[rows] if scale is not None and scale.dim() else scale
+        loss_N[rows] = cross_entropy_(logits_NV, problem.target_N[rows], problem.options, scale_N).loss_N
+        sums.add(rows, logits_NV)
+    return loss_N
 
 
 def linear(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Tensor) -> Tensor:
@@ -226,8 +229,9 @@ def cross_entropy_(logits_NV: Tensor, target_N: Tensor, options: LossOptions, sc
 class _Sums:
     """The gradients of the chunks, put together. See [Note: sums of chunks]."""
 
-    def __init__(self, problem: Problem, weight_VD: Tensor, wanted: Wanted, wide: bool) -> None:
-        self._problem, self._weight_VD, self._wide = problem, weight_VD, wide
+    def __init__(self, problem: Problem, wanted: Wanted, wide: bool) -> None:
+        self._problem, self._wide = problem, wide
+        self.weight_VD = weight_VD = problem.weight_VD.to(problem.x_ND.dtype)
         x_ND, dtype = problem.x_ND, problem.dtype
         whole = problem.chunk_rows >= x_ND.shape[0] and not wide and problem.weight_VD.dtype == x_ND.dtype
         self._x_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format) if wanted.x else None
@@ -239,7 +243,7 @@ class _Sums:
     def add(self, rows: slice, grad_NV: Tensor) -> None:
         """Take what one chunk of the logits' gradient contributes."""
         if self._x_ND is not None:
-            torch.mm(grad_NV, self._weight_VD, out=self._x_ND[rows])
+            torch.mm(grad_NV, self.weight_VD, out=self._x_ND[rows])
         if self._weight_sum is not None:
             _add_product(self._weight_sum, grad_NV.t(), self._problem.x_ND[rows], first=self._empty)
         if self._bias_sum is not None:

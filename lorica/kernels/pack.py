@@ -56,8 +56,8 @@ def chunk_map(layout: Layout, device: torch.device) -> ChunkMap:
             rows.append((index, begin, slot.start + begin, max(0, min(covered, slot.numel - begin)), covered))
     columns = list(zip(*rows, strict=True)) if rows else [()] * 5
     wide = [torch.tensor(column, dtype=torch.int64) for column in columns]
-    index, first, place, present, span = (column.to(device) for column in wide)
-    return ChunkMap(index.int(), first, place, present.int(), span.int(), len(rows))
+    slot_C, begin_C, at_C, numel_C, stop_C = (column.to(device) for column in wide)
+    return ChunkMap(slot_C.int(), begin_C, at_C, numel_C.int(), stop_C.int(), len(rows))
 
 
 def pack_formula(

@@ -32,7 +32,7 @@ Original = type[nn.Module]
 
 
 def layer_norm(original: Original, library: str, *, eps: float) -> Forward:
-    """Under autocast the result is float32, as torch's is; a class of norms without bias may have no attribute for it."""
+    """Under autocast the result is float32, as torch's is. A class without bias need not have an attribute for it."""
 
     def forward(self: Any, x: Tensor) -> Any:
         if not fused(x):

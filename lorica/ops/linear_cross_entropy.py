@@ -145,6 +145,10 @@ class LazyHead(nn.Linear):
             return super().forward(input)
         return lazy_linear(input, self.weight, self.bias, self._lorica_promises.source(list(self.parameters())))
 
+    def _get_name(self) -> str:
+        """The name in `print(model)`."""
+        return "LazyHead"
+
     def _can_wait(self, input: Tensor) -> bool:
         """Ordinary tensors of one dtype, and no transformation that needs to see what is computed."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -57,9 +57,10 @@ def recognise(module: nn.Module) -> Verdict | None:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A weight, perhaps a bias, nothing inside."""
-    named = "Norm" in type(module).__name__
-    return named and {"weight"} <= set(module._parameters) <= {"weight", "bias"} and not module._modules
+    """A weight, perhaps a bias, nothing else: a probe shares buffers, which a forward may change."""
+    named = ("LayerNorm" if "bias" in module._parameters else "Norm") in type(module).__name__
+    vectors = {"weight"} <= set(module._parameters) <= {"weight", "bias"}
+    return named and vectors and not module._buffers and not module._modules
 
 
 def _judge_norm(module: nn.Module) -> Verdict:
@@ -127,7 +128,7 @@ def _casts_before_weight(module: nn.Module, numel: int, *, eps: float, offset: f
 
 
 def _is_gelu(module: nn.Module) -> bool:
-    return "GELU" in type(module).__name__ and not module._parameters and not module._modules
+    return "GELU" in type(module).__name__ and not (module._parameters or module._buffers or module._modules)
 
 
 def _judge_gelu(module: nn.Module) -> Verdict:
@@ -141,7 +142,8 @@ def _is_gated_mlp(module: nn.Module) -> bool:
 
 def _judge_gated_mlp(module: nn.Module) -> Verdict:
     act_fn = module._modules.get("act_fn")
-    if set(module._modules) != _MLP_CHILDREN or module._parameters or act_fn is None:
+    alone = set(module._modules) == _MLP_CHILDREN and not module._parameters and not module._buffers
+    if not alone or act_fn is None or act_fn.state_dict():
         return Mismatch("swiglu", "it holds more, or something else, than gate_proj, up_proj, down_proj and act_fn")
     gate, up, down = (_Constant(_random(*shape, seed=seed)) for seed, shape in enumerate(((12, 8), (12, 8), (8, 12))))
 

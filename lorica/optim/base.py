@@ -118,6 +118,14 @@ class FlatOptimizer(Protocol):
         graph, and replayed after another `prepare`."""
         ...
 
+    def note_launched(self, apply: Tensor) -> None:
+        """After the updates of a step that the device may have skipped. Args: apply: as in `update`."""
+        ...
+
+    def know_skipped(self, num_skipped: int) -> None:
+        """The host has learnt of steps that the device skipped, and counts its steps without them from now on."""
+        ...
+
     def init_state(self, segment: Segment) -> None:
         """Fill the moments of a new segment where they do not start at zero."""
         ...
@@ -178,6 +186,12 @@ class FlatOptimizerBase:
 
     def prepare(self, groups: Sequence[dict[str, Any]], step: int, device: torch.device) -> None:
         """Nothing to do: hyper-parameters are read on the host."""
+
+    def note_launched(self, apply: Tensor) -> None:
+        """Nothing to do: what cannot skip on the device is not asked to."""
+
+    def know_skipped(self, num_skipped: int) -> None:
+        """Nothing to do: what cannot skip on the device has skipped nothing."""
 
     def init_state(self, segment: Segment) -> None:
         """Nothing to do: the moments planes are born zero."""

@@ -61,6 +61,14 @@ class ElementOptimizer(FlatOptimizerBase):
         if self.has_kernel and runtime.runs_on(device):
             self.scalars.write(groups, step, device)
 
+    def note_launched(self, apply: Tensor) -> None:
+        """See `FlatOptimizer.note_launched`."""
+        self.scalars.note(apply)
+
+    def know_skipped(self, num_skipped: int) -> None:
+        """See `FlatOptimizer.know_skipped`."""
+        self.scalars.know(num_skipped)
+
     def _launch(self, segment: Segment, coef: Tensor | float, apply: Tensor | None, step: int) -> None:
         device = segment.master.device
         if isinstance(coef, float):

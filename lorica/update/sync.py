@@ -56,8 +56,14 @@ class SyncUpdate:
         for plane in self._planes:
             self._update(plane, coef, step, apply)
             plane.flat.publish()
+        if apply is not None:
+            self._optimizer.note_launched(apply)
         for plane in self._planes:
             plane.flat.wait()
+
+    def know_skipped(self, num_skipped: int) -> None:
+        """The caller has learnt that the device skipped steps, and counts without them from now on."""
+        self._optimizer.know_skipped(num_skipped)
 
     def _update(self, plane: GradPlane, coef: Tensor | float, step: int, apply: Tensor | None) -> None:
         flat, tier = plane.flat, self._site.tiers[plane.flat.plan.master.tier]

@@ -34,7 +34,7 @@ from tests.harness import Ranks
 from tests.models import GPT, Block
 
 STAGES = [pytest.param(stage, id=f"stage {stage}") for stage in range(4)]
-GPT_RUN = Training(recipe="gpt", num_steps=8)
+GPT_RUN = Training(recipe="gpt", num_steps=4)
 
 
 def config_of(training: Training, **compile_keys: Any) -> dict[str, Any]:

@@ -106,9 +106,10 @@ def test_the_same_models_train_in_bf16_with_fp32_sums(ranks: Callable[[int], Ran
     config = training.config() | {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     run = outcome(ranks(2).run(train, training=training, config=config))
     # No bf16 sum is left between micro-batches and ranks; what is left are masters that differ in the last bit and now
-    # and then round to another bf16 neighbour, and exact ties, which a plane rounds away from zero and the oracle to even
-    # (precision/rounding.py; with the plane's rounding in the oracle the tied head stays within 1e-4). "frozen" uses a block's input outside the block as well: its gradient is
-    # a bf16 sum of three inside autograd, in another order where the block sees an alias of the input (core/hooks.py).
+    # and then round to another bf16 neighbour, and exact ties, which a plane rounds away from zero and the oracle to
+    # even (precision/rounding.py; with the plane's rounding in the oracle the tied head stays within 1e-4). "frozen"
+    # uses a block's input outside the block as well: its gradient is a bf16 sum of three inside autograd, in another
+    # order where the block sees an alias of the input (core/hooks.py).
     follows(run, expected(training), loss=1e-3 if recipe == "frozen" else 2e-4, parameters=3e-3)
 
 

@@ -83,25 +83,36 @@ def test_a_split_master_trains_as_an_fp32_master_does_to_the_bit() -> None:
     assert 2 * split_bytes == fp32_bytes
 
 
-def test_a_skipped_step_is_as_if_it_had_not_been(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("looks_at", [{2, 5, 8, 11}, {11}, set(range(12))], ids=["sometimes", "never", "always"])
+def test_a_skipped_step_is_as_if_it_had_not_been(
+    monkeypatch: pytest.MonkeyPatch, looks_at: set[int], precision: str
+) -> None:
     """Losses, scale, schedule and masters equal those of a run that waits for every norm."""
-    trails = []
+    dtype, trails = torch.bfloat16 if precision == "bf16" else torch.float16, []
     for waits in (False, True):
-        engine = start("fp16")
+        engine = start(precision)
         if waits:
             monkeypatch.setattr(type(engine), "_may_assume_finite", lambda self, update: False)
-        trail: list[Any] = []
+        losses, trail = [], []
         for number in range(12):
-            loss = take_step(engine, number, torch.float16, blow_up=number in (3, 4, 5, 8))
-            if (
-                number % 3 == 2
-            ):  # looks at it right after some steps only: a skip must also be found by the next backward
-                trail.append((loss.item(), engine.loss_scale(), engine.get_lr(), engine.skipped_steps))
-        assert engine.skipped_steps == 4 and engine.loss_scale() < 2**8
-        trails.append((trail, engine.lr_scheduler.state_dict(), engine.global_steps, values(engine)))
+            losses.append(take_step(engine, number, dtype, blow_up=number in (0, 3, 4, 5, 8)))
+            if number in looks_at:
+                trail.append((engine.loss_scale(), engine.get_lr(), engine.skipped_steps, engine.was_step_applied()))
+        assert engine.skipped_steps == 5
+        state = engine.lr_scheduler.state_dict(), engine.global_steps, engine._update_count
+        trails.append((trail, [loss.item() for loss in losses], state, values(engine)))
         engine.destroy()
     assert trails[0][:3] == trails[1][:3]
     assert all(map(torch.equal, trails[0][3], trails[1][3]))
+
+
+def test_a_learning_rate_that_the_user_sets_outlives_a_skipped_step() -> None:
+    engine = start("bf16")
+    take_step(engine, 0, torch.bfloat16, blow_up=True)
+    engine.optimizer.param_groups[0]["lr"] = 0.123
+    assert engine.skipped_steps == 1 and engine.get_lr() == [0.123]
+    engine.destroy()
 
 
 def test_a_skipped_step_is_reported_when_it_is_asked_for() -> None:

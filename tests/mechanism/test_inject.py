@@ -268,6 +268,14 @@ def test_blocks_compile_in_one_piece(family: str) -> None:
     torch._dynamo.reset()
 
 
+def test_running_statistics_of_a_norm_do_not_change() -> None:
+    """A forward may change buffers: a norm that has some is not tried at all."""
+    norm = nn.BatchNorm1d(4)
+    before = copy.deepcopy(norm.state_dict())
+    inject(nn.Sequential(norm))
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+
+
 # What is recognised ---------------------------------------------------------------------------------------------------
 
 
@@ -508,7 +516,17 @@ def test_a_module_that_computes_something_else_is_left_alone_and_reported(name: 
     assert f"not replaced: {kind.__name__} (no {op}: " in str(report) and why in str(report)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 4), lambda: nn.BatchNorm1d(4), lambda: nn.SiLU(), nn.Identity])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(4, 4),
+        lambda: nn.BatchNorm1d(4),
+        lambda: nn.GroupNorm(2, 4),
+        lambda: nn.InstanceNorm1d(4, affine=True),
+        nn.SiLU,
+        nn.Identity,
+    ],
+)
 def test_other_modules_are_not_spoken_of(make: Callable[[], nn.Module]) -> None:
     assert recognise(make()) is None
     assert inject(make()) == Report()
@@ -703,4 +721,6 @@ def test_the_engine_injects_before_it_builds_units(ranks: Callable[[int], Ranks]
 def test_a_model_that_was_built_sharded_is_recognised_as_well(ranks: Callable[[int], Ranks]) -> None:
     (wanted, _), _ = ranks(2).run(_train, family="llama", stage=3, inject="auto")
     (found, (line,)), _ = ranks(2).run(_train, family="llama", stage=3, inject="auto", sharded=True)
-    assert line.startswith(LLAMA) and found == pytest.approx(wanted, rel=TOLERANCE)
+    assert line.startswith(LLAMA)
+    if DEVICE == "cpu":  # on a GPU zero.Init draws the weights from the generator of that device
+        assert found == pytest.approx(wanted, rel=TOLERANCE)
