@@ -3,8 +3,8 @@
     lorica --num_gpus=4 benchmarks/stage_memory.py        # four CPU processes on a machine without GPUs
 
 Counts the bytes of every tensor that holds model states on rank 0, in the middle of gradient accumulation, when all
-kinds exist. P is the number of ranks, Psi the number of parameters, K the bytes of optimizer state per parameter: 12
-(fp32 master and two moments) beside bf16 parameters and gradients.
+kinds exist. P is the number of ranks, Psi the number of parameters, K the bytes of optimizer state per parameter: 10
+(the lower half of the fp32 master and two moments) beside bf16 parameters and gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from model import GPT, SIZES
 import lorica
 from lorica.plan import STAGE
 
-PARAM_BYTES, GRAD_BYTES, STATE_BYTES = 2, 2, 12
+PARAM_BYTES, GRAD_BYTES, STATE_BYTES = 2, 2, 10
 MIB = 2**20
 
 

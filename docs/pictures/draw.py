@@ -177,7 +177,7 @@ def _stage_legend(picture: Picture, y: float) -> None:
     picture.text(
         30,
         y + 36,
-        "r0 to r3: ranks. Ψ parameters, P ranks, bf16 (2 bytes each); AdamW: K = 12 (fp32 master 4, two moments 8)",
+        "r0 to r3: ranks. Ψ parameters, P ranks, bf16 (2 bytes each); AdamW: K = 10 (half a master 2, two moments 8)",
         size=12,
         color=MUTED,
     )
