@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,7 +102,9 @@ def drop_locks() -> None:
 def job_environment() -> dict[str, str]:
     """What every job is told: where the packages are, and where compiled extensions of all jobs go."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     return os.environ | {
+        "TORCH_CUDA_ARCH_LIST": re.sub(r"(?<=\d)[a-z]+", "", architectures),  # DeepSpeed cannot read "9.0a"
         "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
         "PYTHONPATH": os.pathsep.join(paths),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja of this environment

@@ -110,7 +110,7 @@ def test_the_same_models_train_in_bf16_with_fp32_sums(ranks: Callable[[int], Ran
     # even (precision/rounding.py; with the plane's rounding in the oracle the tied head stays within 1e-4). "frozen"
     # uses a block's input outside the block as well: its gradient is a bf16 sum of three inside autograd, in another
     # order where the block sees an alias of the input (core/hooks.py).
-    follows(run, expected(training), loss=1e-3 if recipe == "frozen" else 2e-4, parameters=3e-3)
+    follows(run, expected(training), loss=1e-3 if recipe == "frozen" else 2e-4, parameters=5e-3)
 
 
 # Loops ----------------------------------------------------------------------------------------------------------------

@@ -316,6 +316,7 @@ def count_mappings() -> tuple[int, int]:
     comm.all_gather(shard, full).wait()
     comm.fence()
     during = len(comm._links._memory)  # type: ignore[attr-defined]
+    comm.fence()  # the peer may announce `another` only now that this rank has counted
     del shard
     another = comm.shared(1000, torch.float32)
     for _ in range(2):
