@@ -167,8 +167,9 @@ def table(case: Case, rows: dict[str, dict[str, Any] | None]) -> str:
     """The Markdown table of one case."""
     ddp = rows.get("ddp")
     numel = next((row["numel"] for row in rows.values() if row), 0)
+    steps = next((len(row["losses"]) for row in rows.values() if row), 0)
     lines = [
-        f"### {numel / 1e6:.1f} M parameters, {case.precision}, medians of {num_rounds(rows)} rounds",
+        f"### {numel / 1e6:.1f} M parameters, {case.precision}, {num_rounds(rows)} of {steps} steps with warm-up",
         "",
         "| engine | ms a step | of DDP | of DeepSpeed | CPU s a step and rank | of DDP | of DeepSpeed "
         "| peak MiB | MB sent | largest loss difference from DDP |",
@@ -199,7 +200,8 @@ def table(case: Case, rows: dict[str, dict[str, Any] | None]) -> str:
 def num_rounds(rows: dict[str, dict[str, Any] | None]) -> str:
     """How many rounds the medians of a table are of."""
     counts = sorted({row["num_rounds"] for row in rows.values() if row})
-    return " to ".join(str(count) for count in {counts[0]: None, counts[-1]: None}) if counts else "no"
+    spread = " to ".join(str(count) for count in {counts[0]: None, counts[-1]: None}) if counts else "no"
+    return f"{spread} round{'' if counts == [1] else 's'}"
 
 
 def machine(options: argparse.Namespace) -> str:
@@ -216,7 +218,7 @@ def machine(options: argparse.Namespace) -> str:
     )
     return (
         f"{os.cpu_count()} cores ({model}), {NUM_RANKS} gloo ranks, torch {torch.__version__}, batch "
-        f"{options.batch_size} per rank, rounds of {options.steps} steps after {options.warmup}, "
+        f"{options.batch_size} per rank, "
         f"{time.strftime('%Y-%m-%d')}."
     )
 
@@ -228,6 +230,7 @@ def report(results: dict[Job, dict[str, Any]], cases: list[Case], options: argpa
         rows = {
             engine: medians([r for job, r in results.items() if job.case == case and job.engine == engine])
             for engine in options.engines
+            if any(job.case == case and job.engine == engine for job in results)
         }
         parts.append(table(case, rows))
     return "\n\n".join(parts) + "\n"

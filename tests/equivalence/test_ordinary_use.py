@@ -341,6 +341,28 @@ def loop_with_two_backwards_of_one_graph(training: Training) -> Report:
     return finish(engine, report)
 
 
+def loop_that_counts_by_itself(training: Training) -> Report:
+    """`managed_gradient_accumulation: false`: the caller calls `step` where an update is due, and only there."""
+    config = training.config() | {"managed_gradient_accumulation": False}
+    engine, report, rank = start(training, config), Report(), dist.get_rank()
+    for step in range(training.num_steps):
+        losses = []
+        for micro_step in range(training.accumulation):
+            loss = engine(*training.micro_batch(step, micro_step, rank))
+            engine.backward(loss)
+            losses.append(loss.item())
+        assert engine.is_gradient_accumulation_boundary()
+        engine.step()
+        record_step(engine, report, losses, 1.0)
+    return finish(engine, report)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_caller_may_count_micro_batches_itself(ranks: Callable[[int], Ranks], stage: int) -> None:
+    training = replace(PLAIN, stage=stage, accumulation=3)
+    follows(outcome(ranks(2).run(loop_that_counts_by_itself, training=training)), expected(training))
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     "loop", [loop_with_interleaved_graphs, loop_with_two_backwards_of_one_graph], ids=["interleaved", "retained"]
