@@ -200,7 +200,7 @@ def transports(torch: Any) -> list[Feature]:
 
 
 def kernels(torch: Any) -> list[Feature]:
-    """Which optimizer kernels run here; each has a reference formula in their place where it does not."""
+    """Which kernels run here; a formula or torch's own operations run in place of those that do not."""
     from lorica.optim.fused import has_kernel
 
     features = []
@@ -211,15 +211,30 @@ def kernels(torch: Any) -> list[Feature]:
             features.append(
                 Feature(f"fused {name} ({device})", there, "of torch" if there else "the formula runs instead")
             )
-    triton = installed("triton") != NOT_INSTALLED
-    remark = (
-        "for GPU kernels"
-        if triton and cuda
-        else "needs a GPU"
-        if triton
-        else "not installed; comes with torch for CUDA"
+    return [*features, triton_kernels(torch), Feature("Liger", *_liger())]
+
+
+def triton_kernels(torch: Any) -> Feature:
+    """Lorica's own kernels."""
+    from lorica.kernels import runtime
+
+    what = "one-pass optimizers, gradient packing, norms, activations, rotary, cross-entropy"
+    if not runtime.available():
+        return Feature("Triton kernels", False, f"{what}: Triton is not installed; it comes with torch for CUDA")
+    if not torch.cuda.is_available():
+        return Feature("Triton kernels", False, f"{what}: need a GPU")
+    there = runtime.runs_on(torch.device("cuda", 0))
+    return Feature("Triton kernels", there, what if there else f"{what}: need an NVIDIA GPU from Volta on")
+
+
+def _liger() -> tuple[bool, str]:
+    """An optional second library behind the configuration's `kernels.library`."""
+    version = installed("liger-kernel")
+    there = version != NOT_INSTALLED
+    return (
+        there,
+        f'{version}, for "kernels": {{"library": "liger"}}' if there else "optional: pip install liger-kernel",
     )
-    return [*features, Feature("triton", triton and cuda, remark)]
 
 
 def _read(path: str) -> str:
