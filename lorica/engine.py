@@ -234,18 +234,14 @@ class Engine(nn.Module):
             verdict = decide(squares, factor=self._grad_factor(), clip=self._config.gradient_clipping)
         with parts.timers("step"):
             self._grad_norm = verdict.norm
-            if not self._skips_nonfinite():
-                self._update(verdict, lr_kwargs)
-                self._end_step()
-            elif self._may_assume_finite(parts.update):
+            if self._skips_nonfinite() and self._may_assume_finite(parts.update):
                 self._assume(verdict, lr_kwargs)
-            elif verdict.finite.item():
+            elif not self._skips_nonfinite() or verdict.finite.item():
                 self._update(verdict, lr_kwargs)
-                self._end_step()
             else:
                 self._note_applied(False)
                 self._note_skipped(self.global_steps + 1)
-                self._end_step()
+            self._end_step()
 
     def _grad_factor(self) -> float:
         """What turns the reduced plane (a loss-scaled sum) into the gradient of the user's loss."""
@@ -266,7 +262,6 @@ class Engine(nn.Module):
         arriving, before = self._streams.fetch(verdict.finite), self._state()
         self._update(verdict, lr_kwargs, finite=verdict.finite)
         self._assumed.add(self.global_steps + 1, arriving, before, self._state())
-        self._end_step()
 
     def _state(self) -> State:
         return State(self._parts.loss_scale, self.lr_scheduler, self._parts.groups)

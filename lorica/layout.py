@@ -49,6 +49,11 @@ class Overlap(NamedTuple):
     end: int
     offset: int
 
+    @property
+    def place(self) -> slice:
+        """Where it lies in the range that was asked for."""
+        return slice(self.offset, self.offset + self.end - self.begin)
+
 
 class GroupRange(NamedTuple):
     """A contiguous range [start, stop) of a plane that belongs to one optimizer param group."""

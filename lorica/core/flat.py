@@ -22,7 +22,7 @@ from lorica.core.lifecycle import PARAM_MOVES, Lifecycle, ParamState
 from lorica.core.parameter import ParamRecord, attach, detach, hide, is_rebound, show
 from lorica.layout import Layout, Overlap
 from lorica.plan import StateBytes, UnitPlan
-from lorica.precision.rounding import join, rounded, split_into
+from lorica.precision.rounding import join, rounded, split
 
 if TYPE_CHECKING:
     from lorica.comm.base import Collectives, Handle
@@ -173,18 +173,18 @@ class Flat:
         Args:
             index: slot number. values: the whole parameter, any shape and float dtype (frozen: the plane's dtype).
         """
-        exact = values.detach().reshape(-1)
-        source = rounded(exact, self.dtype)
+        exact = values.detach().reshape(-1)  # for the master
+        if self.master is not None and self.plan.master_is_split:
+            source, exact = split(exact.float())
+        else:
+            source = rounded(exact, self.dtype)
         slot = self.layout.slots[index]
         if not self.sharded or self.is_full:
             self.full[slot.start : slot.stop].copy_(source)
         if self.sharded:
             self.fill_plane(self.shard, self.start, index, source)
-        if self.master is None or self.plan.master_is_param:
-            return
-        if self.plan.master_is_split:
-            exact = _remainders(exact)
-        self.fill_plane(self.master, self.master_start, index, exact)
+        if self.master is not None and not self.plan.master_is_param:
+            self.fill_plane(self.master, self.master_start, index, exact)
 
     def fill_plane(self, plane: Tensor, start: int, index: int, values: Tensor) -> None:
         """Write a parameter's values into the part of one plane that this rank holds.
@@ -196,13 +196,13 @@ class Flat:
         part = self._part(index, start, start + plane.numel())
         if part is not None:
             source = values.detach().reshape(-1)[part.begin : part.end]
-            plane[part.offset : part.offset + part.end - part.begin].copy_(source)
+            plane[part.place].copy_(source)
 
     def add_part(self, whole: Tensor, plane: Tensor, start: int, index: int) -> None:
         """Add this rank's part of a plane to a whole parameter-sized tensor (arguments as in `collect`)."""
         part = self._part(index, start, start + plane.numel())
         if part is not None:
-            whole[part.begin : part.end] += plane[part.offset : part.offset + part.end - part.begin]
+            whole[part.begin : part.end] += plane[part.place]
 
     def _part(self, index: int, start: int, stop: int) -> Overlap | None:
         slot = self.layout.slots[index]
@@ -218,7 +218,7 @@ class Flat:
             A new tensor of the parameter's logical shape on the compute device, dtype of `plane`.
         """
         part = self._part(index, start, start + plane.numel())
-        piece = None if part is None else plane[part.offset : part.offset + part.end - part.begin]
+        piece = None if part is None else plane[part.place]
         return self._assemble(index, part, piece, plane.dtype, sharded=plane.numel() < self.layout.numel)
 
     def _assemble(
@@ -241,8 +241,7 @@ class Flat:
             return self.collect(index, self.master, self.master_start)
         part, piece = self._part(index, self.master_start, self.master_start + self.master.numel()), None
         if part is not None:
-            low, high = part.offset, part.offset + part.end - part.begin
-            piece = join(self.owned[low:high], self.master[low:high])
+            piece = join(self.owned[part.place], self.master[part.place])
         return self._assemble(index, part, piece, torch.float32, sharded=self.plan.master.sharded)
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -303,14 +302,6 @@ class Flat:
     def touched(self) -> bool:
         """A parameter was used while sharded: gather now if a forward pass is running."""
         return self.on_demand is not None and self.on_demand.touched(self)
-
-
-def _remainders(values: Tensor) -> Tensor:
-    """What rounding leaves out of `values` [n]: see [Note: split master] in precision/rounding.py."""
-    values = values.float()
-    upper, lower = (torch.empty(values.shape, dtype=d, device=values.device) for d in (torch.bfloat16, torch.int16))
-    split_into(values, upper, lower)
-    return lower
 
 
 def hide_all(params: Sequence[nn.Parameter], views: Sequence[Tensor]) -> None:

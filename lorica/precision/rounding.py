@@ -51,6 +51,13 @@ def split_into(master: Tensor, hi: Tensor, lo: Tensor) -> None:
     lo.copy_(master.contiguous().view(torch.int32))  # integer conversion keeps the low bits
 
 
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """`master` [n] fp32 as two new tensors: see `split_into`."""
+    hi, lo = (torch.empty(master.shape, dtype=d, device=master.device) for d in (torch.bfloat16, torch.int16))
+    split_into(master, hi, lo)
+    return hi, lo
+
+
 def join(hi: Tensor, lo: Tensor, out: Tensor | None = None) -> Tensor:
     """The fp32 master [n] of which `split_into` made `hi` [n] bf16 and `lo` [n] int16; into `out` if given."""
     if out is None:
