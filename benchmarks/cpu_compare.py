@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.documents import replace_between  # noqa: E402
 from benchmarks.gpt import SIZES  # noqa: E402
 from benchmarks.peers import PEERS  # noqa: E402
 
@@ -236,16 +237,6 @@ def report(results: dict[Job, dict[str, Any]], cases: list[Case], options: argpa
     return "\n\n".join(parts) + "\n"
 
 
-def replace_tables(doc: Path, precisions: list[str], tables: str) -> None:
-    """Put the tables between the two markers that a Markdown file has for these precisions."""
-    begin, end = (f"<!-- tables {' '.join(precisions)}: {edge} -->" for edge in ("begin", "end"))
-    text = doc.read_text()
-    if begin not in text or end not in text:
-        raise ValueError(f"--doc: expected the lines {begin} and {end} in {doc}, found neither or one. Fix: add both.")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    doc.write_text(f"{before}{begin}\n{tables}{end}{after}")
-
-
 # Jobs on disk ---------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +290,7 @@ def main() -> int:
     (options.out / "tables.md").write_text(tables)
     print("\n" + tables)
     if options.doc is not None:
-        replace_tables(options.doc, options.precisions, tables)
+        replace_between(options.doc, f"tables {' '.join(options.precisions)}", tables.rstrip("\n"))
     failed = sorted({job.engine for job, result in results.items() if "problem" in result})
     for engine in failed:
         log = next(r["logs"] for job, r in results.items() if job.engine == engine and "problem" in r)

@@ -38,9 +38,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.documents import replace_between  # noqa: E402
 from benchmarks.gpu_engines import ENGINES  # noqa: E402
 from benchmarks.gpu_job import CEILINGS, job_main  # noqa: E402
-from benchmarks.gpu_tables import GIB, Job, replace_between, tables  # noqa: E402
+from benchmarks.gpu_tables import GIB, Job, tables  # noqa: E402
 from benchmarks.llama import MODELS, SIZES  # noqa: E402
 
 # Where DeepSpeed's loader compiles its operators; the environment's own choice wins.

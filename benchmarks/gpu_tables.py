@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu_engines import ENGINES
@@ -182,13 +181,3 @@ def tables(results: dict[Job, dict[str, Any]], options: dict[str, Any]) -> dict[
     made = {f"{size}{suffix}": size_table(size, results, options) for size in sizes}
     top = ceiling_table(results)
     return ({CEILINGS: top} if top else {}) | made
-
-
-def replace_between(doc: Path, name: str, table: str) -> None:
-    """Put a table between the two markers that a Markdown file has for it."""
-    begin, end = (f"<!-- {name}: {edge} -->" for edge in ("begin", "end"))
-    text = doc.read_text()
-    if begin not in text or end not in text:
-        raise ValueError(f"--doc: expected the lines {begin} and {end} in {doc}, found neither or one. Fix: add both.")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    doc.write_text(f"{before}{begin}\n{table}\n{end}{after}")

@@ -30,6 +30,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.documents import replace_between  # noqa: E402
 from benchmarks.gpu_ceilings import (  # noqa: E402
     NotOffered,
     copy_bandwidth,
@@ -39,7 +40,7 @@ from benchmarks.gpu_ceilings import (  # noqa: E402
     start_memory,
     the_device,
 )
-from benchmarks.gpu_tables import machine_line, replace_between  # noqa: E402
+from benchmarks.gpu_tables import machine_line  # noqa: E402
 from benchmarks.llama import CHUNK, apply_rotary_pos_emb, recomputed, rotary_tables  # noqa: E402
 
 EPS = 1e-5

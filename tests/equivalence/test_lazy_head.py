@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -21,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorica
-from lorica.core.parameter import ShardedParameter, record_of
+from lorica.core.parameter import ShardedParameter
 from lorica.kernels.deferred import Deferred
 from lorica.kernels.lazy_logits import LazyLogits
+from lorica.ops.inject import whole
 from lorica.ops.linear_cross_entropy import LazyHead
 from tests.equivalence.test_matrix import LOSS_TOLERANCE, NORM_TOLERANCE
 from tests.equivalence.test_ordinary_use import follows, is_same
@@ -37,6 +37,7 @@ from tests.equivalence.training import (
     record_step,
     relative_difference,
     rms_difference,
+    train_engine,
 )
 from tests.harness import Ranks
 from tests.models import GPT, RECIPES, tokens
@@ -63,17 +64,6 @@ class Counted:
         Deferred.formed = self.formed  # type: ignore[method-assign]
 
 
-def whole(params: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-    """Parameters with their values, inside a forward of the engine and outside.
-
-    In a forward the engine gathers what is touched and remembers who touched it; elsewhere they are gathered for the
-    occasion, unless they still are whole.
-    """
-    records = [(param, record_of(param)) for param in params]
-    missing = [param for param, record in records if record and not record.flat.is_full and not record.flat.touched()]
-    return lorica.zero.GatheredParameters(missing)
-
-
 def start(training: Training, model: Any, *, lazy: bool = True, hook: Any = whole, **zero: Any) -> Any:
     """An engine for a model whose head is lazy; further keys are those of `zero_optimization`."""
     if lazy:
@@ -89,17 +79,10 @@ def start(training: Training, model: Any, *, lazy: bool = True, hook: Any = whol
 
 def train_inside(training: Training) -> tuple[Report, int]:
     """The README's loop."""
-    engine, report, rank = start(training, RECIPES[training.recipe].model()), Report(), dist.get_rank()
+    engine = start(training, RECIPES[training.recipe].model())
     with Counted() as formed:
-        for step in range(training.num_steps):
-            losses, scale = [], float(engine.loss_scale())
-            for micro_step in range(training.accumulation):
-                loss = engine(*training.micro_batch(step, micro_step, rank))
-                engine.backward(loss)
-                engine.step()
-                losses.append(loss.item())
-            record_step(engine, report, losses, scale)
-    return finish(engine, report), len(formed)
+        report = train_engine(engine, training)
+    return report, len(formed)
 
 
 @pytest.mark.parametrize(

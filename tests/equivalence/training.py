@@ -150,7 +150,12 @@ def record_step(engine: Any, report: Report, losses: list[float], scale: float) 
 
 def train(training: Training, config: dict[str, Any] | None = None) -> Report:
     """The loop of the README, on this rank."""
-    engine, report, rank = start(training, config), Report(), dist.get_rank()
+    return train_engine(start(training, config), training)
+
+
+def train_engine(engine: Any, training: Training) -> Report:
+    """The loop of the README with an engine that is there; the engine is destroyed."""
+    report, rank = Report(), dist.get_rank()
     for step in range(training.num_steps):
         losses, scale = [], float(engine.loss_scale())
         for micro_step in range(training.accumulation):

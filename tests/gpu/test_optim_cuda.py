@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from lorica.optim import SGD, Adagrad, AdamW, FlatOptimizer, Lamb, Lion, Muon, T
 from lorica.optim.element import ElementOptimizer
 from lorica.optim.newton_schulz import compute_dtype, orthogonalize
 from lorica.precision.rounding import rounded
+from tests.gpu.waiting import no_host_sync
 from tests.mechanism.optim_planes import Plane, make_plane, random_params, random_steps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -28,15 +28,6 @@ OURS: dict[str, Callable[[], FlatOptimizer]] = {
     "lion": lambda: Lion(lr=1e-2, weight_decay=0.1),
     "lamb": lambda: Lamb(lr=1e-2, weight_decay=0.1),
 }
-
-
-@contextmanager
-def no_host_sync() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def _run(

@@ -11,7 +11,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 import lorica
 from benchmarks.trace import Trace
 from tests.gpu.sharing_worker import GPT, VOCAB
+from tests.gpu.waiting import no_host_sync
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -73,16 +73,6 @@ def test_only_the_transport_s_thread_waits_for_copies(trace: Trace) -> None:
 
 
 # One rank -------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def no_host_sync() -> Iterator[None]:
-    """Every call of torch that waits for the device is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture
