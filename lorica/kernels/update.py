@@ -5,10 +5,10 @@
 
 Scalars come from the device, so that a launch waits for nothing and can be part of a CUDA graph: `coef` [1] multiplies
 the gradient (unscale, mean over ranks, clipping), `apply` [1] says whether to do anything at all (0: the gradient was
-not finite), `hyper` [12] holds what `*_hyper` below computes on the host in double precision.
+not finite), `hyper` [12] holds what hyper.py computes on the host in double precision.
 
-All operations are IEEE operations, correctly rounded, in the order written here, without contraction: a kernel for
-another processor that keeps the order gives the same bits. The formulas beside the kernels use the same order; torch
+All operations are IEEE operations, correctly rounded, in the order written here, without contraction: the kernels
+for CPUs (native.py) keep the order and give the same bits. The formulas beside the kernels use the same order; torch
 has no fused multiply-add, so they agree within rounding.
 
 Shape suffix: N, the elements of one segment of a plane.
@@ -22,6 +22,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lorica.kernels.hyper import adagrad_hyper as adagrad_hyper
+from lorica.kernels.hyper import adam_hyper as adam_hyper
+from lorica.kernels.hyper import lion_hyper as lion_hyper
+from lorica.kernels.hyper import sgd_hyper as sgd_hyper
 
 BLOCK = 1024
 NUM_WARPS = 2
@@ -67,25 +72,6 @@ def _load_grad(grad_ptr, coef_ptr, at, inside):
 # -- Adam, AdamW -------------------------------------------------------------------------------------------------------
 
 
-def adam_hyper(
-    step: int,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    bias_correction: bool,
-) -> tuple[float, ...]:
-    """The scalars of one Adam step: b1, 1-b1, b2, 1-b2, eps, L2 decay, 1 - lr*decay, -lr/correction1, 1/correction2."""
-    correction1 = 1 - betas[0] ** step if bias_correction else 1.0
-    correction2 = (1 - betas[1] ** step) ** 0.5 if bias_correction else 1.0
-    l2, shrink = (0.0, 1 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
-    return (
-        betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, l2, shrink, -lr / correction1, 1 / correction2,
-    )  # fmt: skip
-
-
 def adam_formula(master_N: Tensor, grad_N: Tensor, m_N: Tensor, v_N: Tensor, hyper: tuple[float, ...]) -> None:
     """The update that the kernel makes, in place, in the order in which it makes it; `grad_N` is unscaled.
 
@@ -125,11 +111,6 @@ def _adam_kernel(
 # -- Lion --------------------------------------------------------------------------------------------------------------
 
 
-def lion_hyper(*, lr: float, betas: tuple[float, float], weight_decay: float) -> tuple[float, ...]:
-    """The scalars of one Lion step: b1, 1-b1, b2, 1-b2, 1 - lr*decay, -lr."""
-    return betas[0], 1 - betas[0], betas[1], 1 - betas[1], 1 - lr * weight_decay, -lr
-
-
 def lion_formula(master_N: Tensor, grad_N: Tensor, m_N: Tensor, hyper: tuple[float, ...]) -> None:
     """The update that the kernel makes. Source: Chen et al. 2023 (arXiv:2302.06675), algorithm 2."""
     b1, rest1, b2, rest2, shrink, step_size = hyper[:6]
@@ -159,18 +140,6 @@ def _lion_kernel(
 
 
 # -- SGD ---------------------------------------------------------------------------------------------------------------
-
-
-def sgd_hyper(
-    step: int, *, lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool
-) -> tuple[float, ...]:
-    """The scalars of one SGD step: momentum, 1 - dampening, decay, share of the gradient in the direction, -lr.
-
-    The first step fills the buffer with the gradient itself, undampened, as torch does.
-    """
-    keep, take = (0.0, 1.0) if step == 1 else (momentum, 1 - dampening)
-    ahead = momentum if nesterov else 1.0
-    return keep, take, weight_decay, float(nesterov), -lr, ahead
 
 
 def sgd_formula(master_N: Tensor, grad_N: Tensor, buffer_N: Tensor | None, hyper: tuple[float, ...]) -> None:
@@ -204,6 +173,39 @@ def _sgd_kernel(
         tl.store(buffer_ptr + at, buffer, mask=inside)
         grad = tl.fma(tl.load(hyper_ptr + 5), buffer, tl.load(hyper_ptr + 3) * grad)
     master = tl.fma(tl.load(hyper_ptr + 4), grad, master)
+    _store_master(master, master_ptr, hi_ptr, at, inside, SPLIT, OUT)
+
+
+# -- Adagrad -----------------------------------------------------------------------------------------------------------
+
+
+def adagrad_formula(master_N: Tensor, grad_N: Tensor, sum_N: Tensor, hyper: tuple[float, ...]) -> None:
+    """The update that the kernel makes.
+
+    Source: Duchi et al. 2011 (JMLR 12), with torch.optim.Adagrad's learning-rate decay.
+    """
+    decay, eps, step_size = hyper[:3]
+    grad_N = decay * master_N + grad_N
+    sum_N.copy_(grad_N * grad_N + sum_N)
+    master_N.add_(step_size * (grad_N / (sum_N.sqrt() + eps)))
+
+
+@triton.jit
+def _adagrad_kernel(
+    master_ptr, hi_ptr, grad_ptr, sum_ptr, coef_ptr, apply_ptr, hyper_ptr, N,
+    SPLIT: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(apply_ptr) == 0:
+        return
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < N
+    master = _load_master(master_ptr, hi_ptr, at, inside, SPLIT)
+    grad = _load_grad(grad_ptr, coef_ptr, at, inside)
+    grad = tl.fma(tl.load(hyper_ptr + 0), master, grad)
+    total = tl.fma(grad, grad, tl.load(sum_ptr + at, mask=inside, other=0.0))
+    step = tl.div_rn(grad, tl.sqrt_rn(total) + tl.load(hyper_ptr + 1))
+    master = tl.fma(tl.load(hyper_ptr + 2), step, master)
+    tl.store(sum_ptr + at, total, mask=inside)
     _store_master(master, master_ptr, hi_ptr, at, inside, SPLIT, OUT)
 
 
@@ -252,6 +254,13 @@ def sgd(
     _launch(
         _sgd_kernel, master_N, out_N, (grad_N, buffer), coef, apply, hyper, HAS_BUFFER=buffer_N is not None
     )  # fmt: skip
+
+
+def adagrad(
+    master_N: Tensor, out_N: Tensor | None, grad_N: Tensor, sum_N: Tensor, *, coef: Tensor, apply: Tensor, hyper: Tensor
+) -> None:
+    """One Adagrad update in place; arguments as in `adam`."""
+    _launch(_adagrad_kernel, master_N, out_N, (grad_N, sum_N), coef, apply, hyper)
 
 
 def _out(out_N: Tensor | None) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorica.kernels.hyper import adagrad_hyper
 from lorica.optim import fused
 from lorica.optim.base import Segment, require_range
 from lorica.optim.element import ElementOptimizer
@@ -40,6 +41,7 @@ class Adagrad(ElementOptimizer):
         ValueError: for a hyper-parameter out of range.
     """
 
+    kernel = "adagrad"
     moments: tuple[str, ...] = ("sum",)
 
     def __init__(
@@ -74,6 +76,16 @@ class Adagrad(ElementOptimizer):
             tile.grad,
             tile.state["sum"],
             step=step,
+            lr=float(group["lr"]),
+            lr_decay=float(group["lr_decay"]),
+            weight_decay=float(group["weight_decay"]),
+            eps=float(group["eps"]),
+        )
+
+    def hyper(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+        """See `kernels.hyper.adagrad_hyper`."""
+        return adagrad_hyper(
+            step,
             lr=float(group["lr"]),
             lr_decay=float(group["lr_decay"]),
             weight_decay=float(group["weight_decay"]),

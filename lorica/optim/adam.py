@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lorica.kernels.hyper import adam_hyper
 from lorica.optim import fused
-from lorica.optim.base import Segment, require_betas, require_range
+from lorica.optim.base import require_betas, require_range
 from lorica.optim.element import ElementOptimizer
 from lorica.optim.tiles import Tile
 
@@ -56,6 +57,7 @@ class Adam(ElementOptimizer):
         NotImplementedError: for amsgrad=True.
     """
 
+    kernel = "adam"
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
     def __init__(
@@ -89,9 +91,7 @@ class Adam(ElementOptimizer):
         adam_tile(tile, step=step, decoupled=self.adam_w_mode)
 
     def hyper(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """See `kernels.update.adam_hyper`."""
-        from lorica.kernels.update import adam_hyper
-
+        """See `kernels.hyper.adam_hyper`."""
         return adam_hyper(
             step,
             lr=float(group["lr"]),
@@ -101,16 +101,6 @@ class Adam(ElementOptimizer):
             decoupled=self.adam_w_mode,
             bias_correction=bool(group.get("bias_correction", True)),
         )
-
-    def launch(self, segment: Segment, *, coef: Tensor, apply: Tensor, hyper: Tensor) -> None:
-        """One pass over a segment."""
-        from lorica.kernels import update
-
-        state = segment.state
-        update.adam(
-            segment.master, segment.out, segment.grad, state["exp_avg"], state["exp_avg_sq"],
-            coef=coef, apply=apply, hyper=hyper,
-        )  # fmt: skip
 
 
 class AdamW(Adam):

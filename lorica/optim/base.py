@@ -109,6 +109,11 @@ class FlatOptimizer(Protocol):
         """Whether segments may have a split master."""
         ...
 
+    @property
+    def runs_in_chunks(self) -> bool:
+        """Whether any cut of a plane may be updated in any order, by any thread, from `group` and `step` alone."""
+        ...
+
     def runs_on_device(self, segment: Segment) -> bool:
         """Whether `update` of such a segment reads `coef` and `apply` on its device and never waits for them."""
         ...
@@ -146,7 +151,7 @@ class FlatOptimizer(Protocol):
             segments: on one device. Coarser granularities are collective: a rank whose shard is all padding calls too.
             coef: multiplies the gradient (unscale x mean x clip); a float or a one-element tensor (no host sync).
             step: 1 for the first update; used for bias correction.
-            apply: [1] int32 on the device, 0: change nothing. Only where `runs_on_device` (None: apply).
+            apply: [1] int32, 0: change nothing (None: apply); read by the host unless `runs_on_device`.
             comm: the ranks that share the plane; unused (may be None) at element granularity.
             layout: the whole plane; unused (may be None) at element granularity.
         """
@@ -179,6 +184,11 @@ class FlatOptimizerBase:
     def takes_split(self) -> bool:
         """Only what updates element by element can take the master apart and put it together again as it goes."""
         return self.granularity == "element"
+
+    @property
+    def runs_in_chunks(self) -> bool:
+        """Not unless an optimizer says so."""
+        return False
 
     def runs_on_device(self, segment: Segment) -> bool:
         """Not unless an optimizer says so."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.optim.base import Segment, require_betas, require_range
+from lorica.kernels.hyper import lion_hyper
+from lorica.optim.base import require_betas, require_range
 from lorica.optim.element import ElementOptimizer
 from lorica.optim.tiles import Tile
 
@@ -31,6 +32,7 @@ class Lion(ElementOptimizer):
         ValueError: for a hyper-parameter out of range.
     """
 
+    kernel = "lion"
     moments: tuple[str, ...] = ("exp_avg",)
 
     def __init__(self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> None:
@@ -53,16 +55,6 @@ class Lion(ElementOptimizer):
         )
 
     def hyper(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """See `kernels.update.lion_hyper`."""
-        from lorica.kernels.update import lion_hyper
-
+        """See `kernels.hyper.lion_hyper`."""
         betas = (float(group["betas"][0]), float(group["betas"][1]))
         return lion_hyper(lr=float(group["lr"]), betas=betas, weight_decay=float(group["weight_decay"]))
-
-    def launch(self, segment: Segment, *, coef: Tensor, apply: Tensor, hyper: Tensor) -> None:
-        """One pass over a segment."""
-        from lorica.kernels import update
-
-        update.lion(
-            segment.master, segment.out, segment.grad, segment.state["exp_avg"], coef=coef, apply=apply, hyper=hyper
-        )

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorica.kernels.hyper import sgd_hyper
 from lorica.optim import fused
 from lorica.optim.base import Segment, require_range
 from lorica.optim.element import ElementOptimizer
@@ -45,6 +46,8 @@ class SGD(ElementOptimizer):
     Raises:
         ValueError: for a hyper-parameter out of range, or nesterov without momentum or with dampening.
     """
+
+    kernel = "sgd"
 
     def __init__(
         self,
@@ -86,9 +89,7 @@ class SGD(ElementOptimizer):
         )
 
     def hyper(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """See `kernels.update.sgd_hyper`."""
-        from lorica.kernels.update import sgd_hyper
-
+        """See `kernels.hyper.sgd_hyper`."""
         return sgd_hyper(
             step,
             lr=float(group["lr"]),
@@ -98,12 +99,9 @@ class SGD(ElementOptimizer):
             nesterov=bool(group["nesterov"]),
         )
 
-    def launch(self, segment: Segment, *, coef: Tensor, apply: Tensor, hyper: Tensor) -> None:
-        """One pass over a segment."""
-        from lorica.kernels import update
-
-        buffer = _momentum_buffer(segment) if float(segment.group["momentum"]) else None
-        update.sgd(segment.master, segment.out, segment.grad, buffer, coef=coef, apply=apply, hyper=hyper)
+    def moments_of(self, segment: Segment) -> tuple[Tensor | None, ...]:
+        """The momentum buffer; None in a group without momentum."""
+        return (_momentum_buffer(segment) if float(segment.group["momentum"]) else None,)
 
 
 def _momentum_buffer(tile: Tile | Segment) -> Tensor:

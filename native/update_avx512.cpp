@@ -1,0 +1,12 @@
+// The update rules, compiled for AVX-512 (-mavx512f); empty on other processors.
+#if defined(__AVX512F__)
+#include "avx512.h"
+#include "update.h"
+
+namespace lorica {
+
+extern const Kernels avx512;
+const Kernels avx512 = {update<Avx512>, square_sum<Avx512>};
+
+}  // namespace lorica
+#endif
