@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import mmap
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+
+ALIGNMENT = max(4096, mmap.PAGESIZE)
+"""Bytes to whose multiples planes in host memory and in files begin: whole pages, and whole sectors of any disk."""
+
+
+class TierFull(MemoryError):
+    """A tier that was sized by the plan has less room left than a plane needs."""
+
+
+def padded_bytes(num_bytes: int) -> int:
+    """What a plane of `num_bytes` takes in an arena or in a swap file."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def gib(num_bytes: int) -> str:
+    """`num_bytes` for people."""
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 class Tier(Protocol):
-    """A kind of memory that planes can live in, and how their bytes reach the compute device."""
+    """A kind of memory that planes can live in."""
 
     name: str
     device: torch.device
 
-    def alloc(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Zero-filled plane of `numel` elements that arithmetic on `self.device` can use in place."""
-        ...
-
-    def read(self, stored: Tensor) -> Tensor:
-        """`stored` as a tensor on the compute device, ordered before later work on the current stream."""
+    def alloc(self, numel: int, dtype: torch.dtype) -> Any:
+        """Zero-filled plane of `numel` elements: a tensor on `self.device`, or a `FilePlane`."""
         ...

@@ -1,4 +1,4 @@
-"""Memory of the compute device itself: reading costs nothing."""
+"""Memory of the compute device itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,3 @@ class DeviceTier:
     def alloc(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Zero-filled plane on the device."""
         return torch.zeros(numel, dtype=dtype, device=self.device)
-
-    def read(self, stored: Tensor) -> Tensor:
-        """`stored` itself."""
-        return stored
