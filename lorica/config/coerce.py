@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -24,6 +25,12 @@ _DTYPES = {
     "fp16": "fp16", "float16": "fp16", "half": "fp16",
     "bf16": "bf16", "bfloat16": "bf16",
 }  # fmt: skip
+_UNIT_BYTES = {"": 1, "b": 1} | {
+    f"{letter}{unit}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for unit, base in (("ib", 1024), ("b", 1000))
+}
+_BYTES = re.compile(r"([\d.]+(?:e\d+)?) ?([a-z]*)")
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -99,6 +106,8 @@ def expectation(declared: FieldInfo, info: KeyInfo) -> str:
         text = "one of " + ", ".join(show(choice) for choice in leaf.choices)
     elif info.form is Form.NUMBERS:
         text = "a number >= 0, or a list with one per parameter group"
+    elif info.form is Form.BYTES:
+        text = 'a number of bytes or a string such as "80GiB"'
     elif info.form is Form.SELECTION:
         text = 'false, "auto", or a list out of ' + ", ".join(show(name) for name in _selectable(declared.annotation))
     else:
@@ -133,6 +142,17 @@ def _size(value: Any) -> Read:
     if int(number.value) != number.value:
         return Read(round(number.value), "a size must be whole, so it was rounded")
     return Read(int(number.value), number.remark)
+
+
+def _bytes(value: Any) -> Read:
+    """A number of bytes out of a number or a string with a unit; fractions of a byte are rounded silently."""
+    if not isinstance(value, str):
+        return _size(value)
+    found = _BYTES.fullmatch(value.strip().lower())
+    if found is None or found[2] not in _UNIT_BYTES:
+        raise Mismatch('write a number of bytes, or a string such as "80GiB" or "500MB"')
+    number = _float(found[1]).value
+    return Read(round(number * _UNIT_BYTES[found[2]]))
 
 
 def _steps(value: Any) -> Read:
@@ -307,6 +327,7 @@ def _limit(item: Any) -> str:
 _READERS: dict[Any, Callable[[Any], Read]] = {bool: _boolean, int: _integer, float: _float, str: _string}
 _FORMS: dict[Form, Callable[[Any], Read]] = {
     Form.SIZE: _size,
+    Form.BYTES: _bytes,
     Form.STEPS: _steps,
     Form.DTYPE: _dtype,
     Form.NUMBERS: _numbers,

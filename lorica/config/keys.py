@@ -24,6 +24,7 @@ class Form(str, Enum):
 
     PLAIN = "plain"
     SIZE = "size"  # a number of elements or bytes: a fraction is rounded with a warning
+    BYTES = "bytes"  # a size in bytes, also as a string with a unit: "80GiB"
     STEPS = "steps"  # an interval in steps: infinity and 0 mean never
     DTYPE = "dtype"  # fp32, fp16, bf16 and their other names
     NUMBERS = "numbers"  # one number, or one per parameter group

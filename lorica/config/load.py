@@ -10,13 +10,11 @@ from lorica.config import rules
 from lorica.config.batch import Batch
 from lorica.config.build import build
 from lorica.config.errors import ConfigError, Problem
+from lorica.config.idle import idle
 from lorica.config.jsonc import Path
 from lorica.config.read import Found, Reading, read
 from lorica.config.schema import Config, Provenance
 from lorica.config.source import Source, open_source, plain
-
-_STAGE3 = "zero_optimization.stage3_"
-_KERNEL_LIBRARY = "kernels.library"
 
 
 def load(
@@ -48,11 +46,7 @@ def load(
 
 
 def _with_provenance(config: Config, opened: Source, reading: Reading) -> Config:
-    ignored = dict(reading.ignored)
-    if config.zero_optimization.stage < 3:
-        ignored |= {key: "only means something at stage 3" for key in reading.given if key.startswith(_STAGE3)}
-    if not config.kernels.inject and _KERNEL_LIBRARY in reading.given:
-        ignored[_KERNEL_LIBRARY] = "only means something with kernels.inject"
+    ignored = {key: reason for key in reading.given if (reason := idle(config, key))} | reading.ignored
     return config.with_provenance(
         Provenance(
             source=opened.name,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lorica.config import batch
 from lorica.config.errors import ConfigError, show
+from lorica.config.idle import idle
 from lorica.config.jsonc import Path
 from lorica.config.keys import Block, KeyInfo, Status
 from lorica.config.load import load
@@ -89,7 +90,7 @@ def _setting_lines(config: Config, everything: bool) -> Iterator[str]:
     """A tree: one line per setting, one per block; a block that is off is one line."""
     shown: set[Path] = set()
     for setting in settings(config):
-        if not everything and not setting.changed and _idle(config, setting.path):
+        if not everything and not setting.changed and idle(config, ".".join(setting.path)):
             continue
         block = setting.path[:-1]
         off = "" if everything else _off(config, block)
@@ -123,11 +124,6 @@ def _value_text(path: Path, value: Any, config: Config) -> str:
     if ".".join(path) in config.auto_keys:
         return '"auto"'
     return "-" if value is None else show(_jsonable(value))
-
-
-def _idle(config: Config, path: Path) -> bool:
-    """Whether a setting means nothing at the configured stage."""
-    return path[-1].startswith("stage3_") and config.zero_optimization.stage < 3
 
 
 def _off(config: Config, path: Path) -> str:

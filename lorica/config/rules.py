@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from lorica.config.batch import Batch, contradiction
 from lorica.config.errors import Problem
+from lorica.config.offload import OffloadOptimizer
 from lorica.config.schema import Config
 
 _STAGE = "zero_optimization.stage"
@@ -19,6 +20,10 @@ class Rule(NamedTuple):
     holds: Callable[[Config], bool]
     message: str
     fix: str
+
+
+def _optimizer(config: Config) -> OffloadOptimizer:
+    return config.zero_optimization.offload_optimizer
 
 
 def _reduce_scatters(config: Config) -> bool:
@@ -64,6 +69,30 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.zero_optimization.offload_optimizer.device != "none" and c.zero_optimization.stage < 1,
         "stage 0 keeps a whole optimizer on every rank, which offloading would multiply in host memory",
         'set zero_optimization.stage to 1 or more, or the device to "none"',
+    ),
+    Rule(
+        ("zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_optimizer.device"),
+        lambda c: _optimizer(c).device == "nvme" and not _optimizer(c).nvme_path,
+        'expected a folder, because the device is "nvme"',
+        'set it to a folder on a fast disk, or the device to "cpu"',
+    ),
+    Rule(
+        ("zero_optimization.offload_optimizer.super_offload", "lorica.offload.overlap"),
+        lambda c: _optimizer(c).super_offload and not c.lorica.offload.overlap,
+        "asks for updates beside the computation, which lorica.offload.overlap = false forbids",
+        "remove one of the two",
+    ),
+    Rule(
+        ("lorica.offload.device_reserve", "lorica.offload.device_memory"),
+        lambda c: c.lorica.offload.device_reserve is not None and c.lorica.offload.device_memory is not None,
+        "is what to leave of the free memory, and lorica.offload.device_memory says outright how much to take",
+        "remove one of the two",
+    ),
+    Rule(
+        ("lorica.offload.host_reserve", "lorica.offload.host_memory"),
+        lambda c: c.lorica.offload.host_reserve is not None and c.lorica.offload.host_memory is not None,
+        "is what to leave of the free memory, and lorica.offload.host_memory says outright how much to take",
+        "remove one of the two",
     ),
     Rule(
         ("zero_optimization.mics_shard_size", _STAGE),

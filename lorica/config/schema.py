@@ -14,6 +14,7 @@ from lorica.config.errors import ConfigError, Problem
 from lorica.config.features import FeatureKeys
 from lorica.config.keys import Block, Form, block, key, no_effect
 from lorica.config.monitoring import MonitoringKeys
+from lorica.config.offload import Offload
 from lorica.config.optimizer import OptimizationKeys
 from lorica.config.precision import DtypeName, PrecisionKeys
 from lorica.config.source import plain
@@ -48,6 +49,7 @@ class Lorica(Block):
     """Lorica's own keys: with `kernels`, the only ones that DeepSpeed does not have."""
 
     units: Units = block(Units, "How the model is cut into units.")
+    offload: Offload = block(Offload, "How offloaded states are updated, and how much memory they may take.")
     transport: Literal["auto", "gloo", "shm"] = key(
         "auto", "Transport between CPU ranks: shared memory on one host, gloo across hosts."
     )

@@ -1,4 +1,4 @@
-"""The blocks zero_optimization (with offloading) and aio. Which combinations are legal: rules.py."""
+"""The block zero_optimization. Its offloading and aio: offload.py. Which combinations are legal: rules.py."""
 
 from __future__ import annotations
 
@@ -8,57 +8,11 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from lorica.config.keys import Block, Form, Status, block, detail, key, no_effect, not_yet
+from lorica.config.offload import AIO, OffloadOptimizer, OffloadParam
 
 _POSITIVE = {"ge": 1}
 _AT_LEAST_0 = {"ge": 0}
-_NVME: dict[Any, str] = {"nvme": 'use "device": "cpu"; the NVMe tier is not there yet'}
 _NO_TRACE = "look-ahead does not depend on a trace, so there is no trace cache"
-
-
-class OffloadParam(Block):
-    """Where parameters live between their uses (stage 3)."""
-
-    device: Literal["none", "cpu", "nvme"] = key(
-        "none", "Tier of the sharded parameters: the device itself or host memory.", refused=_NVME
-    )
-    pin_memory: bool = key(True, "Page-lock the host memory.")
-    nvme_path: str | None = detail(None, "Folder of the NVMe tier.", of="device: nvme")
-    buffer_count: int = detail(5, "Buffers of the NVMe tier.", of="device: nvme", bounds=_POSITIVE)
-    buffer_size: int = detail(
-        100_000_000, "Elements per NVMe buffer.", of="device: nvme", form=Form.SIZE, bounds=_POSITIVE
-    )
-    max_in_cpu: int = detail(
-        1_000_000_000, "Elements kept in host memory.", of="device: nvme", form=Form.SIZE, bounds=_AT_LEAST_0
-    )
-
-
-class OffloadOptimizer(Block):
-    """Where master weights and moments live, and so where the optimizer runs."""
-
-    device: Literal["none", "cpu", "nvme"] = key(
-        "none", "Tier of master weights and moments: the device itself or host memory.", refused=_NVME
-    )
-    pin_memory: bool = key(True, "Page-lock the host memory.")
-    nvme_path: str | None = detail(None, "Folder of the NVMe tier.", of="device: nvme")
-    buffer_count: int = detail(4, "Buffers of the NVMe tier.", of="device: nvme", bounds=_POSITIVE)
-    buffer_size: int | None = detail(
-        None, "Elements per NVMe buffer.", of="device: nvme", form=Form.SIZE, bounds=_POSITIVE
-    )
-    fast_init: bool = detail(False, "Faster first write of the NVMe tier.", of="device: nvme")
-    pipeline_read: bool = detail(False, "Read ahead from NVMe.", of="device: nvme")
-    pipeline_write: bool = detail(False, "Write behind to NVMe.", of="device: nvme")
-    ratio: float = not_yet(
-        1.0,
-        "Fraction of the optimizer that runs on the CPU.",
-        "leave it 1.0 (all of it on the CPU)",
-        bounds={"ge": 0, "le": 1},
-    )
-    super_offload: bool = not_yet(
-        False, "Optimizer overlapped with the backward pass on a superchip.", "leave it false"
-    )
-    cpuadam_cores_perc: float = detail(
-        0.8, "Share of the cores used by the optimizer.", of="super_offload", bounds={"gt": 0, "le": 1}
-    )
 
 
 class ZenFlow(Block):
@@ -145,9 +99,7 @@ class ZeroOptimization(Block):
         bounds=_POSITIVE,
     )
     offload_param: OffloadParam = block(OffloadParam, "Where parameters live between their uses (stage 3).")
-    offload_optimizer: OffloadOptimizer = block(
-        OffloadOptimizer, "Where master weights and moments live, and the optimizer runs."
-    )
+    offload_optimizer: OffloadOptimizer = block(OffloadOptimizer, "Where the states of the optimizer live.")
 
     stage3_prefetch_bucket_size: int | None = key(
         50_000_000,
@@ -240,7 +192,9 @@ class ZeroOptimization(Block):
     enable_sanity_checks: bool = no_effect(
         False, "Check the life cycle of parameters.", "every change of state is always checked"
     )
-    save_muon_momentum_buffer_in_memory: bool = detail(False, "Keep Muon's momentum in host memory.", of="device: nvme")
+    save_muon_momentum_buffer_in_memory: bool = no_effect(
+        False, "Keep Muon's momentum in host memory.", "a unit's momentum is where its other states are"
+    )
 
     zero_hpz_partition_size: int = not_yet(
         1,
@@ -256,7 +210,10 @@ class ZeroOptimization(Block):
     zero_quantized_gradients: bool = not_yet(False, "Reduce gradients in int4.", "leave it false")
     zeropp_loco_param: LoCo | None = not_yet(None, "Error feedback of quantised gradients.", "remove the block")
     zenflow: ZenFlow | None = not_yet(
-        None, "Asynchronous CPU optimizer with stale gradients.", "remove the block; offload_optimizer works without it"
+        None,
+        "Asynchronous CPU optimizer with stale gradients.",
+        "remove the block: it trains with stale gradients, which is another training; lorica.offload.overlap hides the "
+        "update with the same results as without",
     )
 
     @model_validator(mode="before")
@@ -268,23 +225,11 @@ class ZeroOptimization(Block):
         return values
 
 
-class AIO(Block):
-    """File I/O of the NVMe tier."""
-
-    block_size: int = detail(1_048_576, "Bytes per request.", of="device: nvme", form=Form.SIZE, bounds=_POSITIVE)
-    queue_depth: int = detail(8, "Requests in flight.", of="device: nvme", bounds=_POSITIVE)
-    intra_op_parallelism: int = detail(1, "Threads.", of="device: nvme", bounds=_POSITIVE)
-    thread_count: int = detail(1, "Another name in use for the number of threads.", of="device: nvme", bounds=_POSITIVE)
-    single_submit: bool = detail(False, "Submit requests one by one.", of="device: nvme")
-    overlap_events: bool = detail(True, "Submit while waiting.", of="device: nvme")
-    use_gds: bool = detail(False, "GPUDirect Storage.", of="device: nvme")
-
-
 class ZeroKeys(Block):
     """ZeRO and its I/O at the top level."""
 
     zero_optimization: ZeroOptimization = block(ZeroOptimization, "Sharding and offloading.")
-    aio: AIO = block(AIO, "File I/O of the NVMe tier.", status=Status.NO_EFFECT, note="the NVMe tier is not there yet")
+    aio: AIO = block(AIO, "File I/O of the NVMe tier.")
     zero_allow_untested_optimizer: bool = no_effect(
         False, "Accept any client optimizer under ZeRO.", "every element-wise optimizer is accepted"
     )

@@ -212,8 +212,6 @@ NOT_YET: dict[str, Any] = {
     "amp.enabled": True,
     "torch_autocast.enabled": True,
     "zero_optimization.legacy_stage1": True,
-    "zero_optimization.offload_optimizer.ratio": 0.3,
-    "zero_optimization.offload_optimizer.super_offload": True,
     "zero_optimization.zero_hpz_partition_size": 8,
     "zero_optimization.zero_quantized_weights": True,
     "zero_optimization.zero_quantized_nontrainable_weights": True,
@@ -285,10 +283,32 @@ def test_every_feature_that_is_not_there_yet_is_accepted_when_switched_off() -> 
         load(nested(tuple(dotted.split(".")), off))
 
 
-@pytest.mark.parametrize("block", ["offload_optimizer", "offload_param"])
-def test_the_nvme_tier_is_refused_with_the_cpu_tier_as_the_way_out(block: str) -> None:
-    problem = only_problem({"zero_optimization": {"stage": 3, block: {"device": "nvme", "nvme_path": "/x"}}})
-    assert problem.key == f"zero_optimization.{block}.device" and '"cpu"' in problem.fix
+def test_parameters_in_files_are_refused_with_the_cpu_tier_as_the_way_out() -> None:
+    problem = only_problem({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}})
+    assert problem.key == "zero_optimization.offload_param.device" and '"cpu"' in problem.fix
+
+
+@pytest.mark.parametrize("moments", ["bf16", "int8"])
+def test_smaller_moments_are_refused_with_what_works_instead(moments: str) -> None:
+    problem = only_problem({"lorica": {"offload": {"moments": moments}}})
+    assert problem.key == "lorica.offload.moments" and '"fp32"' in problem.fix
+
+
+def test_zenflow_is_refused_because_it_is_another_training() -> None:
+    problem = only_problem({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}})
+    assert "stale gradients" in problem.fix and "lorica.offload.overlap" in problem.fix
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.5])
+def test_a_ratio_is_a_fraction(ratio: float) -> None:
+    raw = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": ratio}}}
+    assert f"expected a number >= 0 and <= 1, got {ratio}" in only_problem(raw).message
+
+
+@pytest.mark.parametrize("written", ["80 gigabytes", "GiB", "1.2.3GB", "-5GiB", -5, "", [1], True])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(written: Any) -> None:
+    problem = only_problem({"lorica": {"offload": {"device_memory": written}}})
+    assert problem.key == "lorica.offload.device_memory" and '"80GiB"' in problem.message
 
 
 @pytest.mark.parametrize(
@@ -312,6 +332,19 @@ ILLEGAL: list[tuple[dict[str, Any], str]] = [
     ({"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}}, "data_types.param_dtype"),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param.device"),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero_optimization.offload_optimizer.device"),
+    (
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}},
+        "zero_optimization.offload_optimizer.nvme_path",
+    ),
+    (
+        {
+            "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", "super_offload": True}},
+            "lorica": {"offload": {"overlap": False}},
+        },
+        "zero_optimization.offload_optimizer.super_offload",
+    ),
+    ({"lorica": {"offload": {"device_memory": 9, "device_reserve": 1}}}, "lorica.offload.device_reserve"),
+    ({"lorica": {"offload": {"host_memory": 9, "host_reserve": 1}}}, "lorica.offload.host_reserve"),
     ({"zero_optimization": {"stage": 2, "mics_shard_size": 2}}, "zero_optimization.mics_shard_size"),
     ({"zero_optimization": {"stage": 3, "mics_shard_size": 0}}, "zero_optimization.mics_shard_size"),
     ({"zero_optimization": {"stage": 2}, "prescale_gradients": True}, "prescale_gradients"),

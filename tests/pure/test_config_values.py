@@ -168,11 +168,11 @@ def test_comment_keys_are_not_read() -> None:
 def test_a_key_without_effect_warns_only_when_it_asks_for_something() -> None:
     quiet = {"zero_optimization": {"contiguous_gradients": True}, "aio": {"block_size": 1048576, "thread_count": 1}}
     assert warnings_of(quiet) == ()
-    assert set(load(quiet).provenance.ignored) >= {"zero_optimization.contiguous_gradients", "aio"}
-    loud = {"zero_optimization": {"contiguous_gradients": False}, "aio": {"block_size": 4096}}
+    assert set(load(quiet).provenance.ignored) >= {"zero_optimization.contiguous_gradients", "aio.block_size"}
+    loud = {"zero_optimization": {"contiguous_gradients": False}, "aio": {"block_size": 4096, "queue_depth": 9}}
     assert [warning.split(" = ")[0] for warning in warnings_of(loud)] == [
         "zero_optimization.contiguous_gradients",
-        "aio",
+        "aio.queue_depth",
     ]
 
 
