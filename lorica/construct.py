@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,18 +12,19 @@ from torch import nn
 
 from lorica.comm import init_distributed, make_collectives
 from lorica.config import Config, ConfigError, load
-from lorica.core.build import Blueprint, broadcast_from_first, build_units, load_buffers
+from lorica.core.build import Blueprint, broadcast_from_first, build_units, load_buffers, outline
 from lorica.core.flat import Site
 from lorica.core.grads import Reducer
 from lorica.core.partition import Cut, partition
 from lorica.core.prefetch import Prefetcher
-from lorica.core.streams import make_streams
+from lorica.core.streams import HostStreams, make_streams
 from lorica.core.unit import Unit
 from lorica.engine import Engine, Parts
 from lorica.init import release_init_planes
 from lorica.log import logger, make_visible
 from lorica.mesh import Mesh
 from lorica.monitor import Monitor, Timers
+from lorica.offload import place_planes
 from lorica.ops.inject import inject
 from lorica.ops.linear_cross_entropy import LazyHead
 from lorica.optim.base import FlatOptimizer
@@ -31,7 +33,7 @@ from lorica.plan import REPLICATE_AXIS, SHARD_AXIS
 from lorica.precision import Precision, make_loss_scale
 from lorica.schedules import schedule_from_config
 from lorica.tier import make_tiers
-from lorica.update.sync import SyncUpdate
+from lorica.update.build import make_update
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
 
@@ -151,7 +153,7 @@ def make_site(config: Config, mpu: Any = None) -> tuple[Site, int, str]:
     shard = group(SHARD_AXIS)
     replicate = group(REPLICATE_AXIS) if shard_size < len(ranks) else None
     pin = zero.offload_optimizer.pin_memory or zero.offload_param.pin_memory
-    return Site(device, shard, replicate, make_tiers(device, pin_memory=pin)), len(ranks), source
+    return Site(device, shard, replicate, make_tiers(device, pin_memory=pin), streams), len(ranks), source
 
 
 def _device() -> torch.device:
@@ -196,7 +198,11 @@ def _build(
     precision = Precision.from_config(config)
     chosen = _choose_optimizer(config, model, optimizer, parameters)
     predivide = _predivide(config, precision, site)
-    units = build_units(_units_of(config, model), _blueprint(config, precision, chosen, predivide), site)
+    specs, blueprint = _units_of(config, model), _blueprint(config, precision, chosen, predivide)
+    planes = outline(specs, blueprint, site.shard.world_size)
+    root = next(index for index, spec in enumerate(specs) if spec.is_root)
+    placed = place_planes(config, planes, blueprint, chosen.flat if chosen is not None else None, site, root)
+    units = build_units(specs, planes, replace(blueprint, where=placed.where), site)
     load_buffers(model, site, precision.buffer_dtype)
     release_init_planes(model)
     _mark_for_deepspeed(config, units)
@@ -207,7 +213,12 @@ def _build(
         overlap=zero.overlap_comm,
         require_all=not zero.ignore_unused_parameters,
     )
-    update = SyncUpdate(chosen.flat, reducer.planes, chosen.groups, site) if chosen is not None else None
+    update = None
+    if chosen is not None:
+        streams = site.streams or HostStreams()
+        first_use = sorted(units, key=lambda unit: not unit.is_root)  # the root's embedding comes before the blocks
+        ordered = [grad for unit in first_use for grad in unit.grads]
+        update = make_update(chosen.flat, ordered, chosen.groups, site, streams, placed.pipelines)
     engine = Engine(
         Parts(
             config=config,
@@ -233,6 +244,8 @@ def _build(
     )
     engine.lr_scheduler = _choose_scheduler(config, scheduler, engine.optimizer)
     if _rank() == 0:
+        if placed.table:
+            logger.info("%s", placed.table)
         logger.info(engine.peak().line())
     return engine, engine.lr_scheduler
 
@@ -313,8 +326,7 @@ def _blueprint(config: Config, precision: Precision, chosen: Chosen | None, pred
         stage=zero.stage,
         precision=precision,
         group_of={id(param): index for index, group in enumerate(groups) for param in group["params"]},
-        param_tier=_tier(zero.offload_param.device),
-        optimizer_tier=_tier(zero.offload_optimizer.device),
+        overlap=config.lorica.offload.overlap,
         bucket_numel=_or_default(zero.reduce_bucket_size, 500_000_000),
         predivide=predivide,
         accumulates=config.gradient_accumulation_steps != 1,
@@ -336,13 +348,10 @@ def _splits(config: Config, chosen: Chosen | None) -> bool:
             f"lorica.split_master: expected an optimizer that updates element by element, got "
             f"{type(chosen.flat).__name__}. Fix: leave split_master out, or use AdamW, Adam, Lion, SGD or Adagrad."
         )
-    zero = config.zero_optimization
-    apart = _tier(zero.offload_optimizer.device) != _tier(zero.offload_param.device)
-    if wanted and (not config.bf16.enabled or apart):
+    if wanted and not config.bf16.enabled:
         raise ValueError(
-            "lorica.split_master: expected bf16 parameters in the same memory as the optimizer states, got "
-            f"bf16.enabled {config.bf16.enabled}, offload_optimizer.device {zero.offload_optimizer.device!r}, "
-            f"offload_param.device {zero.offload_param.device!r}. Fix: leave split_master out."
+            f"lorica.split_master: expected bf16 parameters, got bf16.enabled {config.bf16.enabled}. Fix: leave "
+            "split_master out."
         )
     return able and wanted is not False
 
@@ -350,10 +359,6 @@ def _splits(config: Config, chosen: Chosen | None) -> bool:
 def _or_default(value: int | None, default: int) -> int:
     """`value`, or `default` for a key that was "auto"."""
     return default if value is None else value
-
-
-def _tier(device: str) -> str:
-    return {"none": "device", "cpu": "host"}.get(device, device)
 
 
 def _mark_for_deepspeed(config: Config, units: Sequence[Unit]) -> None:
@@ -375,8 +380,7 @@ def _agree(order: list[int], site: Site) -> list[int]:
 
 
 def _event_maker(site: Site) -> Callable[[], Any] | None:
-    streams = make_streams(site.device)
-    return streams.timer if streams is not None else None
+    return site.streams.timer if site.streams is not None else None
 
 
 def _choose_scheduler(config: Config, scheduler: Any, optimizer: Any) -> Any:

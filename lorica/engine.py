@@ -7,11 +7,13 @@ in `core/`, arithmetic in `optim/`, transport in `comm/`. `construct.py` builds 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +23,35 @@ from lorica.core.compiled import CompiledBlocks
 from lorica.core.flat import Site
 from lorica.core.grads import Reducer
 from lorica.core.hooks import Hooks, in_backward
+from lorica.core.interleave import Turns
 from lorica.core.norm import global_square_sum
 from lorica.core.peak import Peak, peak
 from lorica.core.prefetch import Prefetcher
-from lorica.core.streams import make_streams
 from lorica.core.unit import Unit
-from lorica.data import make_loader, route_shuffles
+from lorica.data import RepeatingLoader, make_loader, route_shuffles
 from lorica.export import consolidated_state_dict, load_whole_state_dict, save_safetensors
 from lorica.log import logger
+from lorica.micro_batch import (
+    Evaluating,
+    LossFn,
+    MicroBatch,
+    attributes,
+    lives_outside,
+    other_sum,
+    take,
+    warn_of_state,
+)
 from lorica.monitor import Monitor, Throughput, Timers, progress_line, training_events
 from lorica.monitor.timers import breakdown_lines
 from lorica.optimizer import ZeroOptimizer
 from lorica.plan import STAGE, StateBytes
 from lorica.precision import LossScale
 from lorica.update.assumption import Assumptions, State, can_be_taken_back
-from lorica.update.sync import SyncUpdate
+from lorica.update.pieces import Work
+from lorica.update.schedule import Update
 from lorica.update.verdict import Verdict, decide
+
+T = TypeVar("T")
 
 
 class Memory(NamedTuple):
@@ -59,7 +74,7 @@ class Parts:
     loss_scale: LossScale
     monitor: Monitor
     timers: Timers
-    update: SyncUpdate | None = None
+    update: Update | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
     defaults: dict[str, Any] = field(default_factory=dict)
     client_optimizer: torch.optim.Optimizer | None = None
@@ -85,17 +100,22 @@ class Engine(nn.Module):
         self.optimizer = self._make_optimizer(parts)
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
+        self._training_batches: RepeatingLoader | None = None
+        self._warned_of_sums = self._has_run_jointly = False
         self.micro_steps = self.global_steps = self.global_samples = self._skipped_steps = 0
         self._set_boundary: bool | None = None
         self._sync, self._explicit, self._step_applied = True, False, False
         self._update_count = 0
         self._grad_norm: Tensor | None = None
         self._assumed = Assumptions()
-        self._streams = make_streams(parts.site.device)
+        self._streams = parts.site.streams
         self._losses: list[Tensor] = []
         self._throughput = Throughput()
         for grad in parts.reducer.planes:
             grad.factor = self._grad_factor
+        if parts.update is not None:
+            parts.update.expected = self._expected_update
+        parts.module.register_state_dict_pre_hook(_finish_before_reading(self))
         self._hooks = Hooks(
             parts.units,
             parts.prefetcher,
@@ -133,10 +153,13 @@ class Engine(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
         self._require_alive("forward")
+        with self._parts.timers("forward"):
+            return self._call_module(*args, **kwargs)
+
+    def _call_module(self, *args: Any, **kwargs: Any) -> Any:
         if self._config.fp16.enabled and self._config.fp16.auto_cast:
             args, kwargs = _halved(args), _halved(kwargs)
-        with self._parts.timers("forward"):
-            return self.module(*args, **kwargs)
+        return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Backpropagate `loss`, reducing gradients over the ranks while it runs.
@@ -155,20 +178,21 @@ class Engine(nn.Module):
         steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
         returned = loss / steps if steps > 1 else loss
         self._losses.append(loss.detach())
-        factor = self.loss_scale() / steps
-        wide = loss.float() if loss.dtype == torch.float16 else loss
+        self._backpropagate([_scaled(loss, self.loss_scale() / steps)], retain_graph=retain_graph)
+        return returned
+
+    def _backpropagate(self, scaled: Sequence[Tensor], *, retain_graph: bool = False) -> None:
         with self._parts.timers("backward"):
             self._explicit = True
             try:
                 self._begin_backward()
-                (wide * factor if factor != 1 else wide).backward(retain_graph=retain_graph)
+                torch.autograd.backward(scaled, retain_graph=retain_graph)
                 self._end_backward()
             except BaseException:
                 self._abort_backward()
                 raise
             finally:
                 self._explicit = False
-        return returned
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """At a boundary: clip, update, publish, schedule. Between boundaries: count the micro-step.
@@ -195,6 +219,142 @@ class Engine(nn.Module):
         """`loss` times the loss scale, for a direct `scaled.backward()` under fp16."""
         return loss.float() * self.loss_scale() if self._config.fp16.enabled else loss
 
+    # -- whole batches -------------------------------------------------------------------------------------------------
+
+    def train_batch(
+        self,
+        data_iter: Iterator[Any] | None = None,
+        *,
+        loss_fn: LossFn | None = None,
+        unit_major: bool | None = None,
+    ) -> Tensor:
+        """One optimizer step: forward, backward and `step()` for `gradient_accumulation_steps` micro-batches.
+
+        Args:
+            data_iter: gives micro-batches: a tensor, a tuple or list (the model's arguments), or a mapping (its named
+                arguments); tensors are moved to the engine's device. None: `training_dataloader`, epoch after epoch.
+            loss_fn: makes the scalar loss of the model's output and the micro-batch. Without it the model returns the
+                loss: alone, first in a tuple, or as `loss`.
+            unit_major: run all micro-batches through a unit before the next unit, so that a unit is gathered once per
+                direction and reduced once; takes the activations of all micro-batches. None: if parameters live
+                outside of the device.
+        Returns:
+            The mean loss of this rank's micro-batches, without a graph.
+        Raises:
+            ValueError: if there are too few micro-batches or no scalar loss, or if `unit_major` is asked for and
+                gradients are to be summed in another dtype than the parameters'.
+            RuntimeError: without an optimizer, or in the middle of an accumulation.
+            BaseException: what a micro-batch raises. Counters are as before then; to go on, call `zero_grad()` first.
+        """
+        self._require_optimizer("train_batch")
+        if self._losses:
+            raise RuntimeError(
+                f"train_batch: expected to begin after an optimizer step, got {len(self._losses)} backward passes "
+                "since the last one. Fix: finish that step with backward() and step()."
+            )
+        count = self.gradient_accumulation_steps()
+        joint = self._is_unit_major(unit_major, count)
+        source = self._training_iterator() if data_iter is None else data_iter
+        batches = take(source, count, self.device, loss_fn, "train_batch")
+        boundary, done = self._set_boundary, self.micro_steps
+        try:
+            if joint:
+                self._set_boundary = True
+                self._backward_jointly(batches)
+                self.micro_steps += count - 1
+            else:
+                for index, batch in enumerate(batches):
+                    if index:
+                        self.step()
+                    self._set_boundary = index + 1 == count
+                    self.backward(batch.loss(self))
+            loss = torch.stack(self._losses).float().mean()
+            self.step()
+        except BaseException:
+            self._abort_backward()
+            self._losses, self.micro_steps = [], done
+            raise
+        finally:
+            self._set_boundary = boundary
+        return loss
+
+    def eval_batch(
+        self,
+        data_iter: Iterator[Any],
+        *,
+        loss_fn: LossFn | None = None,
+        num_micro_batches: int | None = None,
+        unit_major: bool | None = None,
+    ) -> Tensor:
+        """The mean loss of the next micro-batches in evaluation mode, without gradients; counters stay.
+
+        Args:
+            data_iter, loss_fn, unit_major: as in `train_batch`.
+            num_micro_batches: how many; None: `gradient_accumulation_steps`.
+        Returns:
+            The mean loss of this rank's micro-batches.
+        Raises:
+            ValueError: if there are too few micro-batches, or no scalar loss.
+        """
+        self._require_alive("eval_batch")
+        count = self.gradient_accumulation_steps() if num_micro_batches is None else num_micro_batches
+        joint = count > 1 and (lives_outside(self._parts.units) if unit_major is None else unit_major)
+        batches = take(data_iter, count, self.device, loss_fn, "eval_batch")
+        with Evaluating(self.module):
+            losses = (
+                self._hooks.take_turns(self._turns(lambda batch: batch.loss(self._call_module), batches))
+                if joint
+                else [batch.loss(self) for batch in batches]
+            )
+            return torch.stack(losses).float().mean()
+
+    def _training_iterator(self) -> Iterator[Any]:
+        if self.training_dataloader is None:
+            raise ValueError(
+                "train_batch: expected micro-batches, got neither data_iter nor training data. Fix: pass "
+                "data_iter=iter(loader), or training_data to lorica.initialize."
+            )
+        if self._training_batches is None or self._training_batches.loader is not self.training_dataloader:
+            self._training_batches = RepeatingLoader(self.training_dataloader)
+        return self._training_batches
+
+    def _is_unit_major(self, wish: bool | None, count: int) -> bool:
+        if count == 1 or wish is False or (wish is None and not lives_outside(self._parts.units)):
+            return False
+        reason = other_sum(self._parts.units)
+        if reason is not None and wish:
+            raise ValueError(f"train_batch: {reason}. Fix: remove data_types.grad_accum_dtype, or unit_major=True.")
+        if reason is not None and not self._warned_of_sums and self.global_rank == 0:
+            logger.warning(
+                f"train_batch: {reason}: so every unit is gathered for every micro-batch. Fix: remove "
+                "data_types.grad_accum_dtype, or pass unit_major=False to keep it so."
+            )
+            self._warned_of_sums = True
+        return reason is None
+
+    def _turns(self, call: Callable[[MicroBatch], T], batches: Sequence[MicroBatch]) -> Turns[T]:
+        return Turns([partial(call, batch) for batch in batches], self.device, salt=self.micro_steps)
+
+    def _backward_jointly(self, batches: Sequence[MicroBatch]) -> None:
+        """Forward unit by unit, and one backward through all of it."""
+        factor = self.loss_scale() / len(batches)
+
+        def forward(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+            loss = batch.loss(self._call_module)
+            self._require_trainable(loss)
+            return loss.detach(), _scaled(loss, factor)
+
+        turns = self._turns(forward, batches)
+        before = None if self._has_run_jointly else attributes(self.module)
+        with self._parts.timers("forward"):
+            losses, scaled = zip(*self._hooks.take_turns(turns), strict=True)
+            turns.renumber([loss] for loss in scaled)
+        self._has_run_jointly = True
+        if before is not None and self.global_rank == 0:
+            warn_of_state(before, attributes(self.module))
+        self._losses += losses
+        self._backpropagate(scaled)
+
     # -- backward ------------------------------------------------------------------------------------------------------
 
     def _begin_backward(self) -> None:
@@ -202,7 +362,12 @@ class Engine(nn.Module):
         if reducer.active:
             return
         reduce = self._sync and (self.zero_optimization_partition_gradients() or self._updates_next())
-        reducer.begin(reduce=reduce, ran=lambda: self._parts.prefetcher.order, expects=self._hooks.expects)
+        reducer.begin(
+            reduce=reduce,
+            ran=lambda: self._parts.prefetcher.order,
+            expects=self._hooks.expects,
+            counts=self._hooks.is_whole_by_count,
+        )
 
     def _backward_began(self) -> None:
         """A unit's backward begins; outside `engine.backward` this is how the engine learns of it."""
@@ -226,7 +391,7 @@ class Engine(nn.Module):
         parts = self._parts
         if parts.update is None:
             raise RuntimeError("engine.step: expected an optimizer. Fix: pass or configure one at lorica.initialize.")
-        self._settle(wait=False)
+        self._settle(wait=parts.update.learns_late)
         with parts.timers("reduce"):
             parts.reducer.settle()
             self._hooks.free_all()
@@ -243,6 +408,11 @@ class Engine(nn.Module):
                 self._note_skipped(self.global_steps + 1)
             self._end_step()
 
+    def _expected_update(self) -> tuple[float, int] | None:
+        """Factor and number of the update that follows this backward for certain, if nothing is clipped."""
+        follows = self._sync and self._updates_next()
+        return (self._grad_factor(), self._update_count + 1) if follows else None
+
     def _grad_factor(self) -> float:
         """What turns the reduced plane (a loss-scaled sum) into the gradient of the user's loss."""
         ranks = 1 if self._config.gradient_allreduce_op == "sum" else self._parts.site.num_replicas
@@ -251,10 +421,11 @@ class Engine(nn.Module):
     def _skips_nonfinite(self) -> bool:
         return not self.bfloat16_enabled() or self._config.bf16.check_grad_overflow
 
-    def _may_assume_finite(self, update: SyncUpdate) -> bool:
+    def _may_assume_finite(self, update: Update) -> bool:
         """Whether the device skips by itself, so that the host need not wait for the norm."""
         raises = self._config.lorica.on_nonfinite == "raise"
-        return update.runs_on_device and can_be_taken_back(self.lr_scheduler) and not raises
+        reads_flag = self._streams is not None and update.runs_on_device
+        return reads_flag and can_be_taken_back(self.lr_scheduler) and not raises
 
     def _assume(self, verdict: Verdict, lr_kwargs: dict[str, Any] | None) -> None:
         """Launch an update that the device skips if it must, and go on as if it did not."""
@@ -286,7 +457,8 @@ class Engine(nn.Module):
             let_go()
         self._update_count += 1
         on_cpu = self.device.type == "cpu"
-        parts.update(float(verdict.coef) if on_cpu else verdict.coef, self._update_count, finite)
+        coef = float(verdict.coef) if on_cpu else verdict.coef
+        parts.update(Work(coef, self._update_count, finite, self._grad_factor()))
         self._note_applied(True)
         parts.loss_scale.update(overflow=False)
         if self.lr_scheduler is not None:
@@ -427,6 +599,24 @@ class Engine(nn.Module):
         self._settle()
         return self._skipped_steps
 
+    # -- updates under way ---------------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Finish what `step()` has left under way, for code that reads parameters directly (`p.data`, their average).
+
+        Updates of offloaded optimizer states go on in the background until a unit is used again. The engine, the
+        model's forward and state dict, `engine.parameters()` and everything in `lorica.zero` wait by themselves.
+        """
+        self._require_alive("synchronize")
+        if self._parts.update is not None:
+            self._parts.update.settle()
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in `nn.Module`, with their new values."""
+        if self._parts is not _DESTROYED:
+            self.synchronize()
+        return super().named_parameters(*args, **kwargs)
+
     # -- compilation ---------------------------------------------------------------------------------------------------
 
     def compile(
@@ -564,6 +754,9 @@ class Engine(nn.Module):
         self._assumed.clear()
         self._compiled.restore()
         self._hooks.close()
+        if parts.update is not None:
+            parts.update.expected = lambda: None
+            parts.update.close()
         parts.reducer.close()
         parts.monitor.close()
         for comm in (parts.site.shard, parts.site.replicate):
@@ -574,20 +767,23 @@ class Engine(nn.Module):
                 flat.leave()
             unit.flats.clear()
             unit.grads.clear()
-        self.optimizer = self.lr_scheduler = self.training_dataloader = None
+        self.optimizer = self.lr_scheduler = self.training_dataloader = self._training_batches = None
         del self._hooks
 
     def _require_alive(self, what: str) -> None:
         if self._parts is _DESTROYED:
             raise RuntimeError(f"engine.{what}: expected a live engine, but it was destroyed. Fix: initialize again.")
 
-    def _require_trainable(self, loss: Tensor) -> None:
-        self._require_alive("backward")
+    def _require_optimizer(self, what: str) -> None:
+        self._require_alive(what)
         if self._parts.update is None:
             raise RuntimeError(
-                "engine.backward: expected an optimizer, but this engine was made for inference. "
+                f"engine.{what}: expected an optimizer, but this engine was made for inference. "
                 "Fix: pass an optimizer to lorica.initialize, or configure one."
             )
+
+    def _require_trainable(self, loss: Tensor) -> None:
+        self._require_optimizer("backward")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
@@ -763,6 +959,18 @@ class Engine(nn.Module):
         return False
 
 
+def _finish_before_reading(engine: Engine) -> Callable[..., None]:
+    """A hook of the module that holds no engine."""
+    weak = weakref.ref(engine)
+
+    def hook(*_: Any) -> None:
+        alive = weak()
+        if alive is not None and alive._parts is not _DESTROYED:
+            alive.synchronize()
+
+    return hook
+
+
 class _Destroyed:
     """Stands where the parts were; touching anything says what happened."""
 
@@ -775,6 +983,12 @@ _DESTROYED: Any = _Destroyed()
 
 def _environment_int(name: str) -> int:
     return int(os.environ.get(name, "0"))
+
+
+def _scaled(loss: Tensor, factor: float) -> Tensor:
+    """`loss` times `factor`, in fp32 if it is fp16."""
+    wide = loss.float() if loss.dtype == torch.float16 else loss
+    return wide * factor if factor != 1 else wide
 
 
 def _halved(tree: Any) -> Any:

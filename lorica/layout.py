@@ -68,6 +68,18 @@ def round_up(numel: int, multiple: int) -> int:
     return -(-numel // multiple) * multiple
 
 
+CHUNK_ALIGN = 4096  # elements: whole blocks of a file for every dtype, whole cache lines for every thread
+
+
+def chunk_size(numel: int, most: int) -> int:
+    """Elements of the chunks in which `numel` elements travel: as few as have at most `most` each, and of equal size.
+
+    A multiple of `CHUNK_ALIGN`, but for the last chunk, which is what remains.
+    """
+    most = max(CHUNK_ALIGN, most // CHUNK_ALIGN * CHUNK_ALIGN)
+    return round_up(-(-numel // max(1, -(-numel // most))), CHUNK_ALIGN) if numel else CHUNK_ALIGN
+
+
 @dataclass(frozen=True)
 class Layout:
     """The slots of one plane of `numel` elements, cut into `num_shards` equal shards."""

@@ -83,7 +83,13 @@ class StateBytes(NamedTuple):
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """The five choices for the planes of one unit (`wire` and `update` have one value each so far)."""
+    """The five choices for the planes of one unit (`wire` has one value so far).
+
+    Attributes:
+        update: "sync": inside `engine.step()`; "just_in_time": before the next use of the unit.
+        executor: who runs the optimizer: "resident": whoever holds the record; "device": the compute device, through
+            which the record streams; "host": the CPU.
+    """
 
     stage: int
     param: Placement
@@ -93,6 +99,7 @@ class UnitPlan:
     comm_dtype: str
     wire: str = "identity"
     update: str = "sync"
+    executor: str = "resident"
 
     @property
     def master_is_split(self) -> bool:
@@ -141,13 +148,14 @@ class Request:
     accumulates: bool = True  # several micro-steps per update
     param_tier: str = "device"
     optimizer_tier: str = "device"
+    executor: str = "resident"
+    overlap: bool = False  # update just in time
     split_master: bool = False  # wanted; done where it is exact, see `can_split`
 
     @property
     def can_split(self) -> bool:
-        """Whether a split master is exact: the parameter is bf16, its master fp32, and both are in the same memory."""
-        dtypes = (self.param_dtype, self.master_dtype)
-        return dtypes == ("bfloat16", "float32") and self.param_tier == self.optimizer_tier
+        """Whether a split master is exact: the parameter is bf16, its master fp32."""
+        return (self.param_dtype, self.master_dtype) == ("bfloat16", "float32")
 
 
 class Rule(NamedTuple):
@@ -176,9 +184,14 @@ LEGALITY: tuple[Rule, ...] = (
         "set zero_optimization.stage to 1 (or more), or remove offload_optimizer",
     ),
     Rule(
-        lambda r: r.param_tier not in ("device", "host") or r.optimizer_tier not in ("device", "host"),
-        "offload device: the NVMe tier is not there yet",
-        'use "device": "cpu"',
+        lambda r: r.param_tier not in ("device", "host"),
+        "zero_optimization.offload_param: parameters on NVMe are not there yet",
+        'set offload_param.device to "cpu", or put the optimizer on NVMe instead',
+    ),
+    Rule(
+        lambda r: r.optimizer_tier not in ("device", "host", "nvme"),
+        "zero_optimization.offload_optimizer: expected the device, the host or NVMe",
+        'set offload_optimizer.device to "cpu", "nvme" or "auto"',
     ),
 )
 
@@ -206,4 +219,6 @@ def plan_unit(request: Request) -> UnitPlan:
         master=Placement(axes(sharded.states), request.optimizer_tier, SPLIT_DTYPE if splits else request.master_dtype),
         moments=Placement(axes(sharded.states), request.optimizer_tier, request.master_dtype),
         comm_dtype=request.comm_dtype,
+        update="just_in_time" if request.overlap and request.executor != "resident" else "sync",
+        executor=request.executor,
     )

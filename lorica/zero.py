@@ -199,6 +199,7 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
             f"safe_set_full_optimizer_state: expected one of {sorted(moments)}, got {optim_state_key!r} "
             f"({record.name}). Fix: use a state that this optimizer has."
         )
+    record.flat.open_record(write=True)
     record.flat.fill_plane(moments[optim_state_key], record.flat.master_start, record.index, value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from lorica.core.gradient import GradPlane
 from lorica.core.parameter import record_of
 from lorica.core.partition import UnitSpec
 from lorica.core.unit import Unit
-from lorica.layout import Entry, build_layout
+from lorica.layout import Entry, Layout, build_layout
 from lorica.plan import Placement, Request, UnitPlan, plan_unit
 from lorica.precision import Precision
 
@@ -29,11 +29,39 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Where:
+    """Where one plane lives and who updates it; the values of `plan.Request`."""
+
+    param_tier: str = "device"
+    record_tier: str = "device"
+    executor: str = "resident"
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A plane before it has memory.
+
+    Attributes:
+        unit_index: the unit to which it belongs.
+        params: by name. layout: their places.
+        whole: stays whole on every rank, whatever the stage.
+    """
+
+    name: str
+    unit_index: int
+    key: Key
+    params: dict[str, nn.Parameter]
+    layout: Layout
+    whole: bool
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """Everything that decides the planes, besides the model.
 
     Attributes:
-        stage, param_tier, optimizer_tier: as in `plan.Request`.
+        stage, overlap: as in `plan.Request`.
+        where: by name of the plane; absent: all on the device.
         precision: the dtype of each kind of plane.
         group_of: optimizer param group by id(parameter); absent: no optimizer updates it.
         bucket_numel: staging elements of one gradient reduction.
@@ -47,8 +75,8 @@ class Blueprint:
     stage: int
     precision: Precision
     group_of: Mapping[int, int]
-    param_tier: str = "device"
-    optimizer_tier: str = "device"
+    where: Mapping[str, Where] = field(default_factory=dict)
+    overlap: bool = False
     bucket_numel: int = 500_000_000
     predivide: float = 1.0
     accumulates: bool = False
@@ -62,29 +90,34 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def build_units(specs: Sequence[UnitSpec], blueprint: Blueprint, site: Site) -> list[Unit]:
+def outline(specs: Sequence[UnitSpec], blueprint: Blueprint, num_shards: int) -> list[Outline]:
+    """The planes that a model's units will have, in the order of the units."""
+    planes, persisted = [], 0
+    for index, spec in enumerate(specs):
+        for key, params in _by_key(spec.params, blueprint).items():
+            numel = sum(p.numel() for p in params.values())
+            small = all(p.numel() <= blueprint.persist_numel for p in params.values())
+            whole = small and persisted + numel <= blueprint.persist_total
+            persisted += numel if whole and blueprint.stage == 3 else 0
+            entries = [Entry(n, tuple(p.shape), blueprint.group_of.get(id(p), NO_GROUP)) for n, p in params.items()]
+            name = f"{spec.name}/{dtype_name(key.dtype)}"
+            planes.append(Outline(name, index, key, params, build_layout(entries, num_shards), whole))
+    return planes
+
+
+def build_units(specs: Sequence[UnitSpec], planes: Sequence[Outline], blueprint: Blueprint, site: Site) -> list[Unit]:
     """Units with planes that hold the values of rank 0's model. Collective.
 
     The parameters of the model are views of the planes afterwards (or hidden, at stage 3); the memory that they had
     before is freed unit by unit, so that the peak is the planes and one unit.
     """
-    units, persisted = [], 0
-    for index, spec in enumerate(specs):
-        unit = Unit(index, spec.name, spec.modules, is_root=spec.is_root)
-        for key, params in _by_key(spec.params, blueprint).items():
-            plan = _plan(key, blueprint)
-            numel = sum(p.numel() for p in params.values())
-            small = all(p.numel() <= blueprint.persist_numel for p in params.values())
-            if plan.param.sharded and small and persisted + numel <= blueprint.persist_total:
-                persisted += numel
-                plan = _whole(plan)
-            elif plan.param.sharded and site.shard.world_size == 1 and plan.param.tier == "device":
-                plan = _whole(plan)
-            flat = _build_flat(f"{spec.name}/{dtype_name(key.dtype)}", params, plan, blueprint, site, key.trainable)
-            unit.flats.append(flat)
-            if key.trainable:
-                unit.grads.append(_grad_plane(flat, blueprint))
-        units.append(unit)
+    units = [Unit(index, spec.name, spec.modules, is_root=spec.is_root) for index, spec in enumerate(specs)]
+    for plane in planes:
+        unit = units[plane.unit_index]
+        flat = _build_flat(plane, plan_of(plane, blueprint), site)
+        unit.flats.append(flat)
+        if plane.key.trainable:
+            unit.grads.append(_grad_plane(flat, blueprint))
     return units
 
 
@@ -97,34 +130,37 @@ def _by_key(params: Mapping[str, nn.Parameter], blueprint: Blueprint) -> dict[Ke
     return planes
 
 
-def _plan(key: Key, blueprint: Blueprint) -> UnitPlan:
-    precision = blueprint.precision
-    return plan_unit(
+def plan_of(plane: Outline, blueprint: Blueprint) -> UnitPlan:
+    """The plan of one plane."""
+    precision, dtype = blueprint.precision, plane.key.dtype
+    where = blueprint.where.get(plane.name, Where())
+    plan = plan_unit(
         Request(
             stage=blueprint.stage,
-            param_dtype=dtype_name(key.dtype),
-            accum_dtype=dtype_name(precision.accum_dtype_of(key.dtype)),
-            comm_dtype=dtype_name(precision.comm_dtype_of(key.dtype)),
-            master_dtype=dtype_name(precision.master_dtype_of(key.dtype)),
+            param_dtype=dtype_name(dtype),
+            accum_dtype=dtype_name(precision.accum_dtype_of(dtype)),
+            comm_dtype=dtype_name(precision.comm_dtype_of(dtype)),
+            master_dtype=dtype_name(precision.master_dtype_of(dtype)),
             accumulates=blueprint.accumulates,
-            param_tier=blueprint.param_tier,
-            optimizer_tier=blueprint.optimizer_tier,
+            param_tier=where.param_tier,
+            optimizer_tier=where.record_tier,
+            executor=where.executor,
+            overlap=blueprint.overlap,
             split_master=blueprint.split_master,
         )
     )
+    alone = plane.layout.num_shards == 1
+    if plan.param.sharded and (plane.whole or (alone and plan.param.tier == "device")):
+        plan = replace(plan, param=Placement((), "device", plan.param.dtype))
+    if not plan.param.sharded and plan.master.sharded and not alone:
+        plan = replace(plan, update="sync")  # its all-gather takes all ranks: see update/schedule.py
+    return plan
 
 
-def _whole(plan: UnitPlan) -> UnitPlan:
-    return replace(plan, param=Placement((), "device", plan.param.dtype))
-
-
-def _build_flat(
-    name: str, params: Mapping[str, nn.Parameter], plan: UnitPlan, blueprint: Blueprint, site: Site, trainable: bool
-) -> Flat:
-    entries = [Entry(n, tuple(p.shape), blueprint.group_of.get(id(p), NO_GROUP)) for n, p in params.items()]
-    layout = build_layout(entries, site.shard.world_size)
-    ordered = [params[slot.name] for slot in layout.slots]
-    flat = Flat(name, ordered, layout, plan, site, trainable=trainable)
+def _build_flat(plane: Outline, plan: UnitPlan, site: Site) -> Flat:
+    layout = plane.layout
+    ordered = [plane.params[slot.name] for slot in layout.slots]
+    flat = Flat(plane.name, ordered, layout, plan, site, trainable=plane.key.trainable)
     for index, param in enumerate(ordered):
         flat.fill(index, initial_values(param, layout.slots[index].name, site))
     flat.bind()

@@ -11,15 +11,16 @@ gradients. Test: test_ordinary_use, "a layer that saves a view of its weight".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorica.core.lifecycle import PARAM_MOVES, Lifecycle, ParamState
 from lorica.core.parameter import ParamRecord, attach, detach, hide, is_rebound, show
+from lorica.core.streams import Behind
 from lorica.layout import Layout, Overlap
 from lorica.plan import StateBytes, UnitPlan
 from lorica.precision.rounding import join, rounded, split
@@ -28,22 +29,27 @@ if TYPE_CHECKING:
     from lorica.comm.base import Collectives, Handle
     from lorica.core.gradient import GradPlane
     from lorica.core.parameter import OnDemand
+    from lorica.core.streams import CudaStreams
     from lorica.tier import Tier
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a rank's planes are: its device, its groups of ranks, its memory tiers."""
+    """Where a rank's planes are: its device and the streams of it, its groups of ranks, its memory tiers."""
 
     device: torch.device
     shard: Collectives
     replicate: Collectives | None
     tiers: dict[str, Tier]
+    streams: CudaStreams | None = None  # None on a CPU, where nothing is asynchronous
 
     @property
     def num_replicas(self) -> int:
         """Ranks over which gradients are summed."""
         return self.shard.world_size * (self.replicate.world_size if self.replicate else 1)
+
+
+Stored = Any  # a plane: a tensor, or `tier.FilePlane`
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -70,13 +76,15 @@ class Flat:
         self.comm = site.shard
         self.dtype = dtype_of(plan.param.dtype)
         self.start, self.stop = layout.shard_range(self.comm.rank)
-        self.moments: dict[str, Tensor] = {}
+        self.moments: dict[str, Stored] = {}
         self.on_demand: OnDemand | None = None
         self.grad_plane: GradPlane | None = None
         self.destroyed = False  # its engine has ended
         self.holders = 0  # contexts that need the plane to stay whole
         self._gather: Handle | None = None
         self._source: Tensor | None = None
+        self.opener: Callable[[bool], None] | None = None  # of the executor that works on copies of the record
+        self._update: Callable[[], None] | None = None  # finishes an update that is still under way
         self._alloc_param()
         self.master = self._alloc_master() if trainable else None
         self.state = Lifecycle(f"plane {name}", PARAM_MOVES, ParamState.SHARDED if self.sharded else ParamState.FULL)
@@ -85,6 +93,11 @@ class Flat:
     def sharded(self) -> bool:
         """Whether the parameters exist only as shards between their uses."""
         return self.plan.param.sharded
+
+    @property
+    def publishes(self) -> bool:
+        """Whether every rank must be given the updated parameters: they are replicated, but updated in shards."""
+        return not self.sharded and self.plan.master.sharded and self.comm.world_size > 1
 
     @property
     def is_full(self) -> bool:
@@ -125,7 +138,7 @@ class Flat:
         """The part of the parameters that this rank's optimizer updates."""
         return self.shard if self.plan.master.sharded else self.full
 
-    def _alloc_master(self) -> Tensor:
+    def _alloc_master(self) -> Stored:
         if self.plan.master_is_param:
             return self.owned
         return self.site.tiers[self.plan.master.tier].alloc(self.owned.numel(), dtype_of(self.plan.master.dtype))
@@ -155,7 +168,7 @@ class Flat:
     def held_bytes(self) -> StateBytes:
         """Bytes that this rank holds between steps, by kind, counted from the tensors (gradients: see GradPlane)."""
 
-        def size(tensor: Tensor | None) -> int:
+        def size(tensor: Stored | None) -> int:
             return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
         aliased = self.master is not None and self.plan.master_is_param
@@ -173,6 +186,7 @@ class Flat:
         Args:
             index: slot number. values: the whole parameter, any shape and float dtype (frozen: the plane's dtype).
         """
+        self.open_record(write=True)
         exact = values.detach().reshape(-1)  # for the master
         if self.master is not None and self.plan.master_is_split:
             source, exact = split(exact.float())
@@ -186,7 +200,7 @@ class Flat:
         if self.master is not None and not self.plan.master_is_param:
             self.fill_plane(self.master, self.master_start, index, exact)
 
-    def fill_plane(self, plane: Tensor, start: int, index: int, values: Tensor) -> None:
+    def fill_plane(self, plane: Stored, start: int, index: int, values: Tensor) -> None:
         """Write a parameter's values into the part of one plane that this rank holds.
 
         Args:
@@ -196,7 +210,10 @@ class Flat:
         part = self._part(index, start, start + plane.numel())
         if part is not None:
             source = values.detach().reshape(-1)[part.begin : part.end]
-            plane[part.place].copy_(source)
+            if isinstance(plane, Tensor):
+                plane[part.place].copy_(source)
+            else:
+                plane.store(part.place.start, source.to(plane.dtype))
 
     def add_part(self, whole: Tensor, plane: Tensor, start: int, index: int) -> None:
         """Add this rank's part of a plane to a whole parameter-sized tensor (arguments as in `collect`)."""
@@ -209,7 +226,7 @@ class Flat:
         low, high = max(start, slot.start), min(stop, slot.stop)
         return Overlap(index, low - slot.start, high - slot.start, low - start) if low < high else None
 
-    def collect(self, index: int, plane: Tensor, start: int) -> Tensor:
+    def collect(self, index: int, plane: Stored, start: int) -> Tensor:
         """A whole parameter-shaped tensor of a plane of which each rank may hold a part. Collective if sharded.
 
         Args:
@@ -217,8 +234,9 @@ class Flat:
         Returns:
             A new tensor of the parameter's logical shape on the compute device, dtype of `plane`.
         """
+        self.open_record(write=False)
         part = self._part(index, start, start + plane.numel())
-        piece = None if part is None else plane[part.place]
+        piece = None if part is None else _elements(plane, part.place)
         return self._assemble(index, part, piece, plane.dtype, sharded=plane.numel() < self.layout.numel)
 
     def _assemble(
@@ -235,13 +253,15 @@ class Flat:
 
     def collect_master(self, index: int) -> Tensor:
         """The full-precision values of a parameter. Collective if they are sharded."""
+        self.open_record(write=False)
         if self.master is None:
             return self.collect(index, self.shard if self.sharded else self.full, self.start if self.sharded else 0)
         if not self.plan.master_is_split:
             return self.collect(index, self.master, self.master_start)
         part, piece = self._part(index, self.master_start, self.master_start + self.master.numel()), None
         if part is not None:
-            piece = join(self.owned[part.place], self.master[part.place])
+            low = _elements(self.master, part.place)
+            piece = join(self.owned[part.place], low.to(self.owned.device))
         return self._assemble(index, part, piece, torch.float32, sharded=self.plan.master.sharded)
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -263,22 +283,58 @@ class Flat:
 
     def leave(self) -> None:
         """The engine ends: whole parameters are the model's own again; sharded ones keep saying where they belonged."""
-        self.destroyed, self.on_demand = True, None
+        self.destroyed, self.on_demand, self.opener = True, None, None
         if not self.sharded:
             for param in self.params:
                 detach(param)
 
+    def defer(self, finish: Callable[[], None]) -> None:
+        """An update of this plane is under way: `finish` is called once, before its next use."""
+        self._update = finish
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no update is under way."""
+        return self._update is None
+
+    def open_record(self, *, write: bool) -> None:
+        """Before the host reads or writes master or moments: have them where they live, with nothing under way."""
+        self.settle()
+        if self.opener is not None:
+            self.opener(write)
+
+    def settle(self) -> None:
+        """Finish the update that is under way, if there is one."""
+        if self._update is not None:
+            finish, self._update = self._update, None
+            finish()
+
     def unshard(self) -> None:
         """Start gathering the parameters, if they are sharded; `wait` makes them usable."""
+        self.settle()
         if self.state.state is not ParamState.SHARDED:
             return
         self.state.to(ParamState.UNSHARDING)
         self._restore_storage()
-        self._source = self.site.tiers[self.plan.param.tier].read(self.shard)  # alive until the gather has read it
-        self._gather = self.comm.all_gather(self._source, self.full)
+        self._gather = self._launch_gather()
+
+    def _launch_gather(self) -> Handle:
+        """Start filling `full`; what comes from host memory comes on a stream of its own, beside the computation."""
+        streams = self.site.streams
+        if self.shard.device == self.site.device or streams is None:
+            return self.comm.all_gather(self.shard, self.full)
+        ready = streams.record()  # the memory of `full` is free behind what the current stream has been given
+        with streams.stream("parameters near"):
+            streams.wait(ready)
+            if self.comm.world_size == 1:
+                self.full.copy_(self.shard, non_blocking=True)
+                return Behind(streams, streams.record())
+            self._source = self.shard.to(self.site.device, non_blocking=True)  # alive until the gather has read it
+            return self.comm.all_gather(self._source, self.full)
 
     def wait(self) -> None:
         """Finish a gather that `unshard` or `publish` started; the parameters are plain tensors afterwards."""
+        self.settle()
         if self._gather is not None:
             self._gather.wait()
             self._gather = self._source = None
@@ -295,13 +351,18 @@ class Flat:
         self.state.to(ParamState.SHARDED)
 
     def publish(self) -> None:
-        """Start giving every rank the updated parameters, where they are replicated but updated in shards."""
-        if not self.sharded and self.plan.master.sharded and self.comm.world_size > 1:
+        """Start giving every rank the updated parameters, if that has not begun yet."""
+        if self.publishes and self._gather is None:
             self._gather = self.comm.all_gather(self.shard, self.full)
 
     def touched(self) -> bool:
         """A parameter was used while sharded: gather now if a forward pass is running."""
         return self.on_demand is not None and self.on_demand.touched(self)
+
+
+def _elements(plane: Stored, place: slice) -> Tensor:
+    """Some elements of a plane in memory, or of one in a file."""
+    return plane[place] if isinstance(plane, Tensor) else plane.load(place.start, place.stop)
 
 
 def hide_all(params: Sequence[nn.Parameter], views: Sequence[Tensor]) -> None:

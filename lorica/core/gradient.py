@@ -54,6 +54,8 @@ class GradPlane:
         self._chunks: ChunkMap | None = None
         self._keep, self._predivide = keep, predivide
         self.factor: Callable[[], float] = lambda: 1.0  # from the reduced sum to the user's gradient; set by the engine
+        self.on_complete: Callable[[GradPlane], None] | None = None  # called when a backward's reduction has ended
+        self.version = 0  # counts changes of `reduced`
         flat.grad_plane = self
         self._handles: deque[Handle] = deque()
         shard_numel, num_shards = flat.layout.shard_numel, flat.layout.num_shards
@@ -109,8 +111,10 @@ class GradPlane:
 
     def launch(self) -> None:
         """Pack this rank's gradients (missing ones count as zero) and start reducing them into `reduced`."""
+        self.flat.settle()  # an update under way reads the plane
         accumulate = self.state.state is not GradState.IDLE
         self.state.to(GradState.REDUCING)
+        self.version += 1
         out = self._own_part()
         if self.flat.comm.world_size == 1:
             self._take_all(out, accumulate)
@@ -232,6 +236,8 @@ class GradPlane:
             self._handles.popleft().wait()
         if self.state.state is GradState.REDUCING:
             self.state.to(GradState.ACCUMULATING)
+            if self.on_complete is not None:
+                self.on_complete(self)
 
     def complete(self) -> None:
         """Before the optimizer reads it: sum over the replicate axis, and at stage 0 give every rank the whole plane.
@@ -293,6 +299,7 @@ class GradPlane:
         start = 0 if self._replicated else self.flat.start
         self.flat.fill_plane(self.reduced, start, index, raw)
         self._squares = None
+        self.version += 1
 
     def reset(self) -> None:
         """After the optimizer step, or to drop what was accumulated."""

@@ -53,6 +53,7 @@ class Reducer:
         self._at_end: set[Unit] = set()
         self._in_flight: deque[GradPlane] = deque()
         self._reduce = True
+        self._counts: Callable[[Unit], bool] = lambda _: True
         self._unreduced = False  # gradients of earlier backward passes wait on the ranks
         self.active = False
         self.planes: list[GradPlane] = [grad for unit in units for grad in unit.grads]
@@ -62,15 +63,23 @@ class Reducer:
             for grad in unit.grads:
                 self._handles += [p.register_post_accumulate_grad_hook(hook) for p in grad.flat.params]
 
-    def begin(self, *, reduce: bool, ran: Callable[[], list[Unit]], expects: Callable[[Unit], bool]) -> None:
+    def begin(
+        self,
+        *,
+        reduce: bool,
+        ran: Callable[[], list[Unit]],
+        expects: Callable[[Unit], bool],
+        counts: Callable[[Unit], bool],
+    ) -> None:
         """A backward pass begins.
 
         Args:
             reduce: False leaves this pass's gradients on this rank.
             ran: the units in the order in which they first ran on this rank.
             expects: whether a unit's gradients may come in this pass.
+            counts: whether a unit is complete once each of its parameters has a gradient; asked when it is so.
         """
-        self.active, self._reduce = True, reduce
+        self.active, self._reduce, self._counts = True, reduce, counts
         self._received = dict.fromkeys(self._units, 0)
         self._sequence = self._sequence or self._fixed_sequence(ran())
         self._launched = 0
@@ -88,7 +97,7 @@ class Reducer:
         if not self.active:
             return
         self._received[unit] += 1
-        if self._received[unit] == unit.num_trainable:
+        if self._received[unit] == unit.num_trainable and self._counts(unit):
             self.complete(unit)
 
     def complete(self, unit: Unit) -> None:

@@ -9,7 +9,8 @@ host run on the side streams made here ("d2h", "h2d"); an event behind each copy
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,54 @@ class Arrival:
         if not self.query():
             self._event.synchronize()
         return self._host
+
+
+class Behind:
+    """Work on a side stream as a handle: whoever waits for it goes on behind it."""
+
+    def __init__(self, streams: Streams, event: Any) -> None:
+        self._streams, self._event = streams, event
+
+    def wait(self) -> None:
+        """Let the current stream wait."""
+        self._streams.wait(self._event)
+
+
+class Streams(Protocol):
+    """What transfers need of a device: side streams, and events that order work between them."""
+
+    def stream(self, name: str) -> AbstractContextManager[None]:
+        """Run the body's device work on the side stream `name`."""
+        ...
+
+    def record(self) -> Any:
+        """An event behind what the current stream has been given so far."""
+        ...
+
+    def wait(self, event: Any) -> None:
+        """Let the current stream wait for `event`; the host goes on."""
+        ...
+
+    def synchronize(self, event: Any) -> None:
+        """Let the host wait for `event`."""
+        ...
+
+
+class HostStreams:
+    """The streams of a CPU: there, a call that returns has done its work."""
+
+    def stream(self, name: str) -> AbstractContextManager[None]:
+        """Nothing to switch."""
+        return nullcontext()
+
+    def record(self) -> None:
+        """Everything before is done."""
+
+    def wait(self, event: Any) -> None:
+        """It is done."""
+
+    def synchronize(self, event: Any) -> None:
+        """It is done."""
 
 
 class CudaStreams:
@@ -55,6 +104,16 @@ class CudaStreams:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        """Let the current stream wait for `event` (None: for nothing); the host goes on."""
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
+
+    def synchronize(self, event: torch.cuda.Event | None) -> None:
+        """Let the host wait for `event`; other Python threads run meanwhile."""
+        if event is not None:
+            event.synchronize()
+
     def fetch(self, value: Tensor) -> Arrival:
         """Start bringing a small tensor to the host."""
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
@@ -71,16 +130,26 @@ class CudaStreams:
         Raises:
             RuntimeError: if CUDA refuses (usually: more locked memory than the system allows).
         """
-        code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel() * host.element_size(), 0))
-        if code:
-            raise RuntimeError(
-                f"cudaHostRegister of {host.numel() * host.element_size()} bytes: expected success, got error {code}. "
-                "Fix: raise `ulimit -l`, or free host memory."
-            )
+        self.register(host.data_ptr(), host.numel() * host.element_size())
 
     def unpin(self, host: Tensor) -> None:
         """Undo `pin`."""
-        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+        self.unregister(host.data_ptr())
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Page-lock host memory; works from any thread. Errors as in `pin`."""
+        with torch.cuda.device(self._device):
+            code = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
+        if code:
+            raise RuntimeError(
+                f"cudaHostRegister of {num_bytes} bytes: expected success, got error {code}. "
+                "Fix: raise `ulimit -l`, or free host memory."
+            )
+
+    def unregister(self, address: int) -> None:
+        """Undo `register`."""
+        with torch.cuda.device(self._device):
+            torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def make_streams(device: torch.device) -> CudaStreams | None:

@@ -1,4 +1,8 @@
-"""The synchronous update: all units, one after the other, inside `engine.step()`. Owns no formula and no decision."""
+"""Updates planes in place where their records live, whole planes in one go, on the current stream or in this thread.
+
+Serves records in device memory, and optimizers that must see more than an element (LAMB, Muon) or keep state of their
+own (client optimizers) wherever their records live. Owns no formula and no decision.
+"""
 
 from __future__ import annotations
 
@@ -8,116 +12,80 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lorica.comm.solo import Solo
 from lorica.core.flat import Flat, Site
 from lorica.core.gradient import GradPlane
-from lorica.layout import GroupRange
-from lorica.optim.base import FlatOptimizer, Segment, Slice
+from lorica.optim.base import FlatOptimizer
+from lorica.update.pieces import Work, own_gradient, record_of, segments, update_record
 
 if TYPE_CHECKING:
-    from lorica.tier import Tier
+    from lorica.comm.base import Collectives
 
 
-class SyncUpdate:
-    """Applies one optimizer to all gradient planes."""
+class Resident:
+    """The executor that moves nothing that it need not move."""
 
     def __init__(
         self, optimizer: FlatOptimizer, planes: Sequence[GradPlane], groups: Sequence[dict[str, Any]], site: Site
     ) -> None:
-        """Allocate the moments.
-
-        Args:
-            groups: live param groups; a plane's slots name them by index.
-        """
-        self._optimizer, self._planes, self._groups, self._site = optimizer, list(planes), groups, site
-        for plane in self._planes:
-            plane.flat.alloc_moments(optimizer.moments)
-            for segment in self._segments(plane.flat, None, None):
-                optimizer.init_state(segment)
-        self.runs_on_device = all(self._runs_on_device(plane) for plane in self._planes)
+        """Serve `planes`, whose param groups are `groups`."""
+        self.planes = list(planes)
+        self._optimizer, self._groups, self._site = optimizer, groups, site
+        self.runs_on_device = all(self._runs_on_device(plane) for plane in self.planes)
 
     def _runs_on_device(self, plane: GradPlane) -> bool:
         """Whether the plane's update reads `coef` and `apply` on the compute device, without waiting for them."""
         flat = plane.flat
-        tier = self._site.tiers[flat.plan.master.tier]
-        grad = torch.empty(0, dtype=plane.dtype, device=tier.device)
-        segments = self._segments(flat, grad, self._output(flat, flat.owned, tier))
-        return all(self._optimizer.runs_on_device(segment) for segment in segments)
+        assert flat.master is not None
+        grad = torch.empty(0, dtype=plane.dtype, device=flat.master.device)
+        record = record_of(flat)._replace(out=self._output(flat))
+        found = segments(flat, record, grad, self._groups, 0, flat.owned.numel())
+        return flat.master.device == self._site.device and all(map(self._optimizer.runs_on_device, found))
 
-    def __call__(self, coef: Tensor | float, step: int, apply: Tensor | None = None) -> None:
-        """Update every unit from its reduced gradient and give all ranks the new parameters. Collective.
-
-        Args:
-            coef: multiplies the gradient: mean over ranks, loss scale, clipping; a float, or [1] on the compute device.
-            step: 1 for the first update.
-            apply: [1] int32, 0: change nothing. Only if `runs_on_device`.
-        """
-        self._site.shard.fence()
-        self._optimizer.prepare(self._groups, step, self._site.device)
-        for plane in self._planes:
-            self._update(plane, coef, step, apply)
+    def start(self, work: Work) -> None:
+        """Update every plane and start giving all ranks the new parameters. Collective."""
+        for plane in self.planes:
+            self._update(plane, work)
             plane.flat.publish()
-        if apply is not None:
-            self._optimizer.note_launched(apply)
-        for plane in self._planes:
-            plane.flat.wait()
 
-    def know_skipped(self, num_skipped: int) -> None:
-        """The caller has learnt that the device skipped steps, and counts without them from now on."""
-        self._optimizer.know_skipped(num_skipped)
+    def finish(self, plane: GradPlane) -> None:
+        """Everything is done, or ordered before whatever comes on the current stream."""
 
-    def _update(self, plane: GradPlane, coef: Tensor | float, step: int, apply: Tensor | None) -> None:
-        flat, tier = plane.flat, self._site.tiers[plane.flat.plan.master.tier]
-        assert plane.reduced is not None
-        grad = self._read(plane.reduced, tier)
-        target = flat.owned
-        out = self._output(flat, target, tier)
-        segments = self._segments(flat, grad, out)
-        self._optimizer.update(segments, coef=coef, step=step, apply=apply, comm=self._comm(flat), layout=flat.layout)
-        self._write(flat, out, target)
+    def open(self, plane: GradPlane, *, write: bool) -> None:
+        """Records are where they live."""
 
-    def _read(self, grad: Tensor, tier: Tier) -> Tensor:
-        """The gradient where the arithmetic is."""
-        return grad if grad.device == tier.device else grad.to(tier.device)
+    def close(self) -> None:
+        """Nothing to free."""
 
-    def _output(self, flat: Flat, target: Tensor, tier: Tier) -> Tensor | None:
+    def _update(self, plane: GradPlane, work: Work) -> None:
+        flat = plane.flat
+        assert flat.master is not None
+        grad, out = own_gradient(plane).to(flat.master.device), self._output(flat)
+        if out is not None and out is not flat.owned and flat.plan.master_is_split:
+            out.copy_(flat.owned)  # the upper halves of the masters
+        update_record(
+            self._optimizer,
+            flat,
+            record_of(flat)._replace(out=out),
+            grad,
+            self._groups,
+            0,
+            flat.owned.numel(),
+            coef=work.coef,
+            step=work.step,
+            apply=work.apply,
+            comm=self._comm(flat),
+        )
+        if out is not None and out is not flat.owned:
+            flat.owned.copy_(out)
+
+    def _output(self, flat: Flat) -> Tensor | None:
         """Where the optimizer writes the rounded parameter: nowhere if the master is the parameter."""
+        assert flat.master is not None
         if flat.plan.master_is_param:
             return None
-        return target if target.device == tier.device else torch.empty_like(target, device=tier.device)
+        here = flat.owned.device == flat.master.device
+        return flat.owned if here else torch.empty_like(flat.owned, device=flat.master.device)
 
-    def _write(self, flat: Flat, out: Tensor | None, target: Tensor) -> None:
-        if out is not None and out is not target:
-            target.copy_(out)
-
-    def _comm(self, flat: Flat) -> Any:
-        from lorica.comm.solo import Solo
-
+    def _comm(self, flat: Flat) -> Collectives:
         return self._site.shard if flat.plan.master.sharded else Solo(self._site.device)
-
-    def _segments(self, flat: Flat, grad: Tensor | None, out: Tensor | None) -> list[Segment]:
-        """The plane part that this rank updates, cut at the borders of param groups."""
-        assert flat.master is not None
-        start = flat.master_start
-        stop = start + flat.master.numel()
-        return [
-            self._segment(flat, part, part.start - start, part.stop - start, grad, out)
-            for part in flat.layout.group_parts(start, stop)
-        ]
-
-    def _segment(
-        self, flat: Flat, part: GroupRange, low: int, high: int, grad: Tensor | None, out: Tensor | None
-    ) -> Segment:
-        assert flat.master is not None
-        master = flat.master[low:high]
-        slots = flat.layout.slots
-        return Segment(
-            master=master,
-            grad=master if grad is None else grad[low:high],
-            out=None if out is None else out[low:high],
-            state={name: plane[low:high] for name, plane in flat.moments.items()},
-            group=self._groups[part.group],
-            slices=tuple(
-                Slice(slots[o.slot].name, slots[o.slot].shape, o.offset, o.offset + o.end - o.begin, o.begin)
-                for o in flat.layout.overlaps(part.start, part.stop)
-            ),
-        )

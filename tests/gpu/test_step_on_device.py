@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lorica
+from lorica.update.pieces import Work
 from tests.gpu.waiting import no_host_sync
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -135,15 +136,15 @@ def test_the_update_can_be_captured_in_a_cuda_graph() -> None:
         plane.reduced = torch.randn(plane.flat.layout.numel, device="cuda").to(plane.dtype)
         other.reduced = plane.reduced.clone()
     for updating in (replayed, eager._parts.update):
-        updating(coef, 1, finite)  # compiles the kernels
+        updating(Work(coef, 1, finite, 0.5))  # compiles the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for plane in replayed._planes:
-            replayed._update(plane, coef, 1, finite)
+        for executor in replayed._executors:
+            executor.start(Work(coef, 1, finite, 0.5))
     for step in range(2, 6):
         for one in (engine, eager):
             one._parts.groups[0]["lr"] = 1e-2 / step
-        eager._parts.update(coef, step, finite)
+        eager._parts.update(Work(coef, step, finite, 0.5))
         replayed._optimizer.prepare(replayed._groups, step, engine.device)
         graph.replay()
         assert all(map(torch.equal, values(engine), values(eager))), step

@@ -1,0 +1,142 @@
+"""When planes are updated: all inside `engine.step()`, or each just in time for its next use. Owns no executor's work.
+
+`sync`           every plane is finished when the call returns
+`just_in_time`   the call returns when everything is launched; a plane is finished by whoever uses it next
+
+A plane that every rank must be given (stages 1 and 2 on several ranks) is always finished here: its all-gather takes
+all ranks, and a rank that evaluates alone must not wait for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from lorica.core.flat import Site
+from lorica.core.gradient import GradPlane
+from lorica.optim.base import FlatOptimizer
+from lorica.update.on_host import OnHost
+from lorica.update.pieces import Work
+
+
+class Executor(Protocol):
+    """Who updates some planes, and where.
+
+    Attributes:
+        planes: those that it updates.
+        runs_on_device: whether `start` need not know the verdict: it reads it where it is.
+    """
+
+    planes: list[GradPlane]
+    runs_on_device: bool
+
+    def start(self, work: Work) -> None:
+        """Begin updating all planes."""
+        ...
+
+    def finish(self, plane: GradPlane) -> None:
+        """Make the plane's parameters usable on the current stream."""
+        ...
+
+    def open(self, plane: GradPlane, *, write: bool) -> None:
+        """Have the plane's record where it lives, for the host to read or write."""
+        ...
+
+    def close(self) -> None:
+        """Finish and free everything."""
+        ...
+
+
+class Update:
+    """Applies one optimizer to all gradient planes.
+
+    Attributes:
+        expected: while gradients arrive: the factor and the number of the step that follows for certain, if nothing is
+            clipped; None: nobody knows. Set by the engine.
+    """
+
+    def __init__(
+        self,
+        optimizer: FlatOptimizer,
+        executors: Sequence[Executor],
+        groups: Sequence[dict[str, Any]],
+        site: Site,
+    ) -> None:
+        """Connect the executors with the planes."""
+        self.expected: Callable[[], tuple[float, int] | None] = lambda: None
+        self._optimizer, self._executors, self._groups, self._site = optimizer, list(executors), groups, site
+        self.planes = [plane for executor in self._executors for plane in executor.planes]
+        self.runs_on_device = all(executor.runs_on_device for executor in self._executors)
+        self._on_host = [executor for executor in self._executors if isinstance(executor, OnHost)]
+        self.learns_late = bool(self._on_host)
+        for executor in self._executors:
+            for plane in executor.planes:
+                plane.flat.opener = partial(_open, executor, plane)
+                if isinstance(executor, OnHost) and executor.guesses:
+                    plane.on_complete = partial(self._guess, executor)
+
+    def __call__(self, work: Work) -> None:
+        """Update every plane from its reduced gradient; `work.apply` only if `runs_on_device`. Collective."""
+        self.settle()
+        self._agree()
+        self._site.shard.fence()
+        self._optimizer.prepare(self._groups, work.step, self._site.device)
+        for executor in self._executors:
+            executor.start(work)
+        if work.apply is not None:
+            self._optimizer.note_launched(work.apply)
+        late = [(executor, plane) for executor in self._executors for plane in executor.planes]
+        for executor, plane in late:
+            plane.flat.defer(partial(executor.finish, plane))
+        for _, plane in late:
+            if plane.flat.plan.update == "sync":
+                plane.flat.settle()
+                plane.flat.publish()
+        for _, plane in late:
+            if plane.flat.plan.update == "sync":
+                plane.flat.wait()
+
+    def _guess(self, executor: OnHost, plane: GradPlane) -> None:
+        """The plane's gradient is complete."""
+        if (expected := self.expected()) is not None:
+            executor.guess(plane, *expected)
+
+    def settle(self) -> None:
+        """Finish every plane."""
+        for plane in self.planes:
+            plane.flat.settle()
+
+    def _agree(self) -> None:
+        """Raise on all ranks if an update failed on one: nobody is left waiting in a collective."""
+        if not self.learns_late or self._site.num_replicas == 1:
+            return
+        problem = next((e.problem for e in self._on_host if e.problem is not None), None)
+        failed = torch.tensor([float(problem is not None)], device=self._site.device)
+        for comm in (self._site.shard, self._site.replicate):
+            if comm is not None:
+                comm.all_reduce(failed).wait()
+        if problem is not None:
+            raise problem
+        if failed.item():
+            raise RuntimeError(
+                "engine.step: the update of optimizer states failed on another rank, which says why. Fix: mend it "
+                "there; no rank has gone on."
+            )
+
+    def know_skipped(self, num_skipped: int) -> None:
+        """The caller has learnt that the device skipped steps, and counts without them from now on."""
+        self._optimizer.know_skipped(num_skipped)
+
+    def close(self) -> None:
+        """Finish and free everything."""
+        for executor in self._executors:
+            for plane in executor.planes:
+                plane.on_complete = None
+            executor.close()
+
+
+def _open(executor: Executor, plane: GradPlane, write: bool) -> None:
+    executor.open(plane, write=write)
