@@ -34,7 +34,7 @@ help: ## what there is
 install: $(STAMP) ## make .venv and install Lorica in it, with the versions of constraints.txt
 
 ifneq ($(STAMP),)
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard native/*.*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python is too old: expected 3.10 or newer, got %d.%d. Fix: make PYTHON=/path/to/a/newer/python" % v[:2])'
 	@echo "Installing into $(VENV): a few minutes the first time, for torch is large."
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -63,5 +63,5 @@ lint: install ## ruff (check and format) and mypy
 	$(PY) -m mypy --strict --follow-imports=silent examples/gpt/*.py
 
 clean: ## remove .venv, caches and the results of demos
-	rm -rf $(VENV) build dist *.egg-info runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find lorica tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) build dist *.egg-info runs lorica/kernels/_native.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find lorica native tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

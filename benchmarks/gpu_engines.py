@@ -1,11 +1,14 @@
 """The engines of the GPU comparison, each as a careful user of it would write it: a decoder in, a training step out.
 
-All train in bf16 with fp32 masters, AdamW, gradient clipping 1.0 and no accumulation, on one device. They start from
-the same fp32 weights; DeepSpeed alone rounds them to bf16 before it makes its masters. Owns no measurement.
+All train in bf16 with fp32 masters, AdamW and gradient clipping 1.0, on one device. They start from the same weights;
+DeepSpeed alone rounds fp32 ones to bf16 before it makes its masters. Owns no measurement. Those that offload are in
+offload_engines.py.
 """
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,10 +31,13 @@ class Setup(NamedTuple):
     model: str
     device: torch.device
     lorica: dict[str, Any] = {}  # noqa: RUF012 - read only; keys laid over the configuration of Lorica's rows
+    accumulation: int = 1  # micro-batches of a step
+    init: torch.dtype = torch.float32  # of the weights that engines are handed
+    folder: str = tempfile.gettempdir()  # for the files of NVMe tiers
 
     def build(self) -> nn.Module:
-        """The decoder, in fp32 on the device."""
-        return build(self.size, self.device, self.model)
+        """The decoder on the device."""
+        return build(self.size, self.device, self.model, self.init)
 
     def loss(self, module: Any, tokens: Tensor) -> Tensor:
         """The loss of `tokens`, from the decoder or an engine around it."""
@@ -41,6 +47,7 @@ class Setup(NamedTuple):
         """The configuration that DeepSpeed and Lorica share."""
         return {
             "train_micro_batch_size_per_gpu": SIZES[self.size].batch,
+            "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": CLIP,
             "optimizer": {"type": "AdamW", "params": ADAMW | {"betas": list(ADAMW["betas"])} | adam},  # type: ignore[call-overload]
             "bf16": {"enabled": True},
@@ -52,19 +59,24 @@ def _nothing() -> None:
     """For engines with nothing to close."""
 
 
+Step = Callable[[Sequence[Tensor]], Tensor]
+
+
 class Trainer(NamedTuple):
     """One engine, ready.
 
     Attributes:
-        step: trains on tokens [B, L + 1] and returns the loss, on the device.
+        step: one optimizer step on micro-batches of tokens [B, L + 1]; returns their mean loss, on the device.
         close: frees what the engine holds.
         states: what the engine itself says about its memory.
+        norm: the gradient's norm in the last step, before clipping; may wait for the device.
         note: what the table must say about this row.
     """
 
-    step: Callable[[Tensor], Tensor]
+    step: Step
     close: Callable[[], None] = _nothing
     states: Callable[[], Any] | None = None
+    norm: Callable[[], Any] | None = None
     note: str = ""
 
 
@@ -85,14 +97,28 @@ def floor(setup: Setup) -> Trainer:
     model = setup.build()
     weights, _ = in_bf16(model)
 
-    def step(tokens: Tensor) -> Tensor:
-        loss = setup.loss(model, tokens)
-        loss.backward()
-        for weight in weights:
-            weight.grad = None
-        return loss.detach()
+    def drop(weight: Tensor) -> None:
+        weight.grad = None
 
-    return Trainer(step)
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(drop)
+
+    return Trainer(lambda batches: backward_of_all(setup, model, batches))
+
+
+def backward_of_all(setup: Setup, model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+    """Forward and backward of a plain loop's micro-batches; the mean loss."""
+    losses = []
+    for tokens in batches:
+        loss = setup.loss(model, tokens)
+        (loss / len(batches)).backward()
+        losses.append(loss.detach())
+    return mean(losses)
+
+
+def mean(losses: Sequence[Tensor]) -> Tensor:
+    """The mean loss of a step."""
+    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).mean()
 
 
 def hand_written(setup: Setup, *, lean: bool = False) -> Trainer:
@@ -105,11 +131,12 @@ def hand_written(setup: Setup, *, lean: bool = False) -> Trainer:
     weights, masters = in_bf16(model)
     groups = grouped(weights, masters, GROUP_NUMEL if lean else None)
     optimizers = [torch.optim.AdamW(group, fused=True, **ADAMW) for _, group in groups]  # type: ignore[arg-type]
+    norm = torch.zeros(())
 
-    def step(tokens: Tensor) -> Tensor:
-        loss = setup.loss(model, tokens)
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, CLIP, foreach=True)
+    def step(batches: Sequence[Tensor]) -> Tensor:
+        nonlocal norm
+        loss = backward_of_all(setup, model, batches)
+        norm = nn.utils.clip_grad_norm_(weights, CLIP, foreach=True)
         for (some_weights, some_masters), optimizer in zip(groups, optimizers, strict=True):
             for weight, master in zip(some_weights, some_masters, strict=True):
                 assert weight.grad is not None
@@ -119,9 +146,9 @@ def hand_written(setup: Setup, *, lean: bool = False) -> Trainer:
             optimizer.zero_grad()
             with torch.no_grad():
                 torch._foreach_copy_(some_weights, some_masters)
-        return loss.detach()
+        return loss
 
-    return Trainer(step)
+    return Trainer(step, norm=lambda: norm)
 
 
 def grouped(
@@ -138,41 +165,59 @@ def grouped(
     return groups
 
 
-def fsdp2(setup: Setup, *, reshard: bool) -> Trainer:
-    """`fully_shard` per block and for the root; `reshard` frees a block's gathered weights after forward."""
+def fsdp2(setup: Setup, *, reshard: bool, offload: bool = False, reduce_dtype: torch.dtype | None = None) -> Trainer:
+    """`fully_shard` per block and for the root; gradients of micro-batches are added up on the device.
+
+    Args:
+        reshard: free a block's gathered weights after forward.
+        offload: sharded parameters, gradients and optimizer in pinned host memory (CPUOffloadPolicy).
+        reduce_dtype: of the gradients' reduction; None: as the parameters in forward, bf16.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    model = setup.build()
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    mesh = init_device_mesh(setup.device.type, (1,))
+    model: Any = setup.build()
+    choices = {
+        "mesh": init_device_mesh(setup.device.type, (1,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype),
+        "offload_policy": CPUOffloadPolicy(pin_memory=setup.device.type == "cuda") if offload else OffloadPolicy(),
+    }
     for block in model.get_submodule(MODELS[setup.model].blocks).children():
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, reshard_after_forward=reshard, **choices)
+    fully_shard(model, **choices)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)  # type: ignore[arg-type]
+    norm: Any = torch.zeros(())
 
-    def step(tokens: Tensor) -> Tensor:
-        loss = setup.loss(model, tokens)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    def step(batches: Sequence[Tensor]) -> Tensor:
+        nonlocal norm
+        losses = []
+        for index, tokens in enumerate(batches):
+            model.set_requires_gradient_sync(index == len(batches) - 1)
+            loss = setup.loss(model, tokens)
+            (loss / len(batches)).backward()
+            losses.append(loss.detach())
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return mean(losses)
 
-    return Trainer(step)
+    return Trainer(step, norm=lambda: norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 # Engines --------------------------------------------------------------------------------------------------------------
 
 
-def engine_step(setup: Setup, engine: Any) -> Callable[[Tensor], Tensor]:
+def engine_step(setup: Setup, engine: Any) -> Step:
     """The loop that DeepSpeed and Lorica share."""
 
-    def step(tokens: Tensor) -> Tensor:
-        loss = setup.loss(engine, tokens)
-        engine.backward(loss)
-        engine.step()
-        return loss.detach()
+    def step(batches: Sequence[Tensor]) -> Tensor:
+        losses = []
+        for tokens in batches:
+            loss = setup.loss(engine, tokens)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.detach())
+        return mean(losses)
 
     return step
 
@@ -180,7 +225,6 @@ def engine_step(setup: Setup, engine: Any) -> Callable[[Tensor], Tensor]:
 def deepspeed(setup: Setup, *, stage: int) -> Trainer:
     """DeepSpeed's engine at its defaults, with its own FusedAdam where that builds."""
     try:
-        import deepspeed as package
         from deepspeed.accelerator import get_accelerator
     except ImportError as error:
         raise NotOffered(f"import deepspeed: {error}") from error
@@ -190,21 +234,29 @@ def deepspeed(setup: Setup, *, stage: int) -> Trainer:
     except Exception as error:  # whatever a compiler may say; the table repeats it
         adam = {"torch_adam": True, "fused": True}
         note = f"torch's fused AdamW, since FusedAdam did not build: {type(error).__name__}: {str(error)[:200]}"
+    return deepspeed_trainer(setup, setup.json_config(stage, **adam), note)
+
+
+def deepspeed_trainer(setup: Setup, config: dict[str, Any], note: str = "") -> Trainer:
+    """DeepSpeed's engine with this configuration."""
+    import deepspeed as package
+
     model = setup.build()
     engine, *_ = package.initialize(
         model=model,
         model_parameters=model.parameters(),
-        config=setup.json_config(stage, **adam) | {"steps_per_print": 10**9},
+        config=config | {"steps_per_print": 10**9},
         dist_init_required=False,
     )
-    return Trainer(engine_step(setup, engine), engine.destroy, note=note)
+    return Trainer(engine_step(setup, engine), engine.destroy, norm=engine.get_global_grad_norm, note=note)
 
 
-def lorica(setup: Setup, *, stage: int, extra: dict[str, Any] | None = None) -> Trainer:
+def lorica(setup: Setup, *, stage: int, extra: dict[str, Any] | None = None, unit_major: bool = False) -> Trainer:
     """Lorica's engine.
 
     Args:
         extra: more keys of the configuration; the row is not offered where this Lorica does not know them.
+        unit_major: one call of `engine.train_batch` a step instead of forward, backward and step for every micro-batch.
     """
     import lorica as package
 
@@ -212,9 +264,15 @@ def lorica(setup: Setup, *, stage: int, extra: dict[str, Any] | None = None) -> 
         for key in keys:
             require_key(block, key)
     config = merged(merged(setup.json_config(stage), extra or {}), setup.lorica)
+    engine: Any
     engine, *_ = package.initialize(model=setup.build(), config=config)
-    note = f"with {setup.lorica}" if setup.lorica else ""
-    return Trainer(engine_step(setup, engine), engine.destroy, lambda: plain(engine.memory()), note)
+    return Trainer(
+        (lambda batches: engine.train_batch(iter(batches)).detach()) if unit_major else engine_step(setup, engine),
+        close=engine.destroy,
+        states=lambda: plain(engine.memory()),
+        norm=engine.get_global_grad_norm,
+        note=f"with {json.dumps(setup.lorica)}" if setup.lorica else "",
+    )
 
 
 def require_key(block: str, key: str) -> None:

@@ -8,6 +8,7 @@ or of an extension makes on its own are not seen; a traced step counts what the 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import socket
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_ceilings import NotOffered, ceilings, machine, start_memory, synchronize, the_device
-from benchmarks.gpu_engines import ENGINES, Setup
+from benchmarks.gpu_engines import ENGINES, Setup, Step
+from benchmarks.gpu_rounds import SAY_WHERE
 from benchmarks.llama import numel_of, tokens
 
 CEILINGS = "ceilings"  # the job that measures the device, not an engine
@@ -84,14 +86,18 @@ def _counting(name: str, original: Callable[..., Any], counts: Counter[str]) -> 
     return call
 
 
-def join_group(device: torch.device) -> None:
-    """A process group of this one rank, described by the environment as torchrun would."""
+def join_group(device: torch.device, *, with_host: bool = False) -> None:
+    """A process group of this one rank, described by the environment as torchrun would.
+
+    Args:
+        with_host: on a GPU, serve tensors in host memory too.
+    """
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     if device.type == "cuda":
-        torch.distributed.init_process_group("nccl", device_id=device)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if with_host else "nccl", device_id=device)
     else:
         torch.distributed.init_process_group("gloo")
 
@@ -102,7 +108,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict[str
     if engine.grouped:
         join_group(device)
     num_steps = options.warmup + options.steps + NUM_SYNC_STEPS + 1
-    batches = [tokens(size, step, device) for step in range(num_steps)]
+    batches = [[tokens(size, step, device)] for step in range(num_steps)]
     setup = Setup(size, options.model, device, options.lorica)
     start_memory(device)
     begin = time.perf_counter()
@@ -132,10 +138,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict[str
     return result, trainer.close
 
 
-def timed_steps(
-    step: Callable[[Tensor], Tensor], batches: list[Tensor], device: torch.device
-) -> tuple[list[Tensor], list[float]]:
-    """Losses (on the device) and wall times of a step per batch, the device idle before and after each."""
+def timed_steps(step: Step, batches: list[list[Tensor]], device: torch.device) -> tuple[list[Tensor], list[float]]:
+    """Losses (on the device) and wall times of a step on each batch, the device idle before and after each."""
     losses, seconds = [], []
     for batch in batches:
         synchronize(device)
@@ -146,7 +150,7 @@ def timed_steps(
     return losses, seconds
 
 
-def traced(step: Callable[[Tensor], Tensor], batch: Tensor, path: Path) -> dict[str, int]:
+def traced(step: Step, batch: list[Tensor], path: Path) -> dict[str, int]:
     """Write the timeline of one step, and count the blocking calls that the CUDA runtime saw in it."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -163,21 +167,34 @@ def traced(step: Callable[[Tensor], Tensor], batch: Tensor, path: Path) -> dict[
 
 
 def job_main(options: argparse.Namespace) -> None:
-    """Run one job and write its result; end the process without waiting for threads that engines leave behind."""
+    """Run one job and write its result."""
+
+    def measured(device: torch.device) -> tuple[dict[str, Any], Callable[[], None] | None]:
+        return (ceilings(device), None) if options.job == CEILINGS else measure(options, device)
+
+    write_and_exit(options.result, measured)
+
+
+def write_and_exit(
+    path: Path, measured: Callable[[torch.device], tuple[dict[str, Any], Callable[[], None] | None]]
+) -> None:
+    """Write the result of a job; end the process without waiting for threads that engines leave behind.
+
+    Args:
+        measured: returns the result, and what closes the engine.
+    """
+    faulthandler.register(SAY_WHERE)
     device = the_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     close: Callable[[], None] | None = None
     try:
-        if options.job == CEILINGS:
-            result = ceilings(device)
-        else:
-            result, close = measure(options, device)
+        result, close = measured(device)
     except NotOffered as reason:
         result = {"problem": f"not available: {reason}"}
     except torch.OutOfMemoryError as error:
         result = {"problem": "out of memory", "detail": str(error)[:500]}
-    options.result.write_text(json.dumps(result))
+    path.write_text(json.dumps(result))
     code = 0
     if close is not None:
         try:

@@ -25,13 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,121 +35,47 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.documents import replace_between  # noqa: E402
 from benchmarks.gpu_engines import ENGINES  # noqa: E402
 from benchmarks.gpu_job import CEILINGS, job_main  # noqa: E402
-from benchmarks.gpu_tables import GIB, Job, tables  # noqa: E402
+from benchmarks.gpu_rounds import Job, load, run_process, run_rounds, save  # noqa: E402
+from benchmarks.gpu_tables import GIB, tables  # noqa: E402
 from benchmarks.llama import MODELS, SIZES  # noqa: E402
-
-# Where DeepSpeed's loader compiles its operators; the environment's own choice wins.
-EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(tempfile.gettempdir()) / "lorica-bench-extensions"))
 
 
 def run_job(job: Job, options: argparse.Namespace, limit_s: float) -> dict[str, Any]:
-    """Run one job in a process of its own; a failure is a result too."""
-    with tempfile.TemporaryDirectory(prefix="lorica-bench-") as name:
-        result, log = Path(name) / "result.json", Path(name) / "log"
-        settings = {
-            "job": job.engine,
-            "model": options.model,
-            "warmup": options.warmup,
-            "steps": options.steps,
-            "lorica": json.dumps(options.lorica),
-            "out": options.out,
-            "result": result,
-        }
-        arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        arguments += ["--sizes", job.size] if job.engine != CEILINGS else []
-        arguments += ["--trace"] if options.trace and job.round == 0 else []
-        begin = time.monotonic()
-        with open(log, "wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).resolve()), *arguments],
-                cwd=ROOT,
-                env=job_environment(),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                preexec_fn=os.setpgrp,  # a group, not a session: it ends with the session that this process is in
-            )
-            try:
-                code: int | None = process.wait(timeout=max(1.0, limit_s))
-            except subprocess.TimeoutExpired:
-                end_all(process)
-                code = None
-            except BaseException:
-                end_all(process)
-                raise
-        outcome = read_result(result, log, code, limit_s)
-        return outcome | {"job_s": time.monotonic() - begin}
-
-
-def end_all(process: subprocess.Popen[bytes]) -> None:
-    """End a job and what it started (compilers)."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    drop_locks()
-
-
-def drop_locks() -> None:
-    """Remove the locks of compilations that were cut off: later jobs would wait for them for ever."""
-    if "TORCH_EXTENSIONS_DIR" not in os.environ:  # in a folder of the user's own, somebody may be compiling
-        for lock in EXTENSIONS.glob("*/lock"):
-            lock.unlink()
-
-
-def job_environment() -> dict[str, str]:
-    """What every job is told: where the packages are, and where compiled extensions of all jobs go."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    return os.environ | {
-        "TORCH_CUDA_ARCH_LIST": re.sub(r"(?<=\d)[a-z]+", "", architectures),  # DeepSpeed cannot read "9.0a"
-        "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja of this environment
+    """Run one job in a process of its own."""
+    settings = {
+        "job": job.engine,
+        "model": options.model,
+        "warmup": options.warmup,
+        "steps": options.steps,
+        "lorica": json.dumps(options.lorica),
+        "out": options.out,
     }
-
-
-def read_result(result: Path, log: Path, code: int | None, limit_s: float) -> dict[str, Any]:
-    """What a job wrote, or what can be said about its end."""
-    text = log.read_text(errors="replace")
-    if result.exists():
-        outcome: dict[str, Any] = json.loads(result.read_text())
-        if code != 0 and "problem" not in outcome:
-            ended = f"ended with {code} after the measurement" if code is not None else "did not end by itself"
-            outcome["note"] = "; ".join(filter(None, [outcome.get("note"), ended]))
-            outcome["log"] = text[-3000:]
-        return outcome
-    if code is None:
-        return {"problem": f"no result after {limit_s:.0f} s", "log": text[-3000:]}
-    lines = [line for line in text.splitlines() if line.strip()]
-    said = lines[-1].strip()[:200] if lines else "nothing"
-    problem = "out of memory" if "out of memory" in text else f"exit code {code}: {said}"
-    return {"problem": problem, "log": text[-3000:]}
+    arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    arguments += ["--sizes", job.size] if job.engine != CEILINGS else []
+    arguments += ["--trace"] if options.trace and job.round == 0 else []
+    return run_process([str(Path(__file__).resolve()), *arguments], limit_s)
 
 
 def run_all(options: argparse.Namespace) -> dict[Job, dict[str, Any]]:
-    """Rounds of jobs until all are done or the time is spent; results are written after every job."""
-    results: dict[Job, dict[str, Any]] = {}
-    drop_locks()
+    """All rounds; results are written after every job."""
     jobs: list[Job] = []
     for number in range(options.rounds):
         jobs.append(Job("-", CEILINGS, number))
         jobs += [Job(size, engine, number) for size in options.sizes for engine in options.engines]
-    end = time.monotonic() + options.time_limit_s
-    for job in jobs:
-        left = end - time.monotonic()
-        if left < expected_s(job, results):
-            print(f"time is spent: {len(jobs) - len(results)} of {len(jobs)} jobs not started", flush=True)
-            break
-        results[job] = outcome = run_job(job, options, min(left, options.limit_s))
-        said = outcome.get("problem") or summary(outcome)
+    what = {key: getattr(options, key) for key in ("model", "warmup", "steps", "lorica")}
+
+    def keep(results: dict[Job, dict[str, Any]], job: Job) -> None:
+        said = results[job].get("problem") or summary(results[job])
         print(f"{job.size:5} round {job.round + 1}/{options.rounds}  {job.engine:18} {said}", flush=True)
-        save(results, options)
-    return results
+        save(options.out / "jobs.json", results, what)
 
-
-def expected_s(job: Job, results: dict[Job, dict[str, Any]]) -> float:
-    """How long the job may take: as long as before, else as the longest of its size so far."""
-    same = [r["job_s"] for done, r in results.items() if (done.size, done.engine) == (job.size, job.engine)]
-    alike = [r["job_s"] for done, r in results.items() if done.size == job.size]
-    return max(same or alike or [1.0])
+    return run_rounds(
+        jobs,
+        lambda job, limit_s: run_job(job, options, limit_s),
+        limit_s=options.limit_s,
+        time_limit_s=options.time_limit_s,
+        keep=keep,
+    )
 
 
 def summary(outcome: dict[str, Any]) -> str:
@@ -168,33 +88,6 @@ def summary(outcome: dict[str, Any]) -> str:
         f"{outcome['median_s']:.4f} s  {outcome['peak']['allocated_bytes'] / GIB:6.2f} GiB  "
         f"{sum(outcome['syncs'].values()):g} syncs  loss {outcome['losses'][0]:.4f}  (job {outcome['job_s']:.0f} s)"
     )
-
-
-def save(results: dict[Job, dict[str, Any]], options: argparse.Namespace) -> None:
-    """Write all results so far."""
-    what = {key: getattr(options, key) for key in ("model", "warmup", "steps", "lorica")}
-    jobs = [job._asdict() | outcome for job, outcome in results.items()]
-    (options.out / "jobs.json").write_text(json.dumps({"options": what, "jobs": jobs}, indent=1))
-
-
-def load(paths: list[Path]) -> tuple[dict[Job, dict[str, Any]], dict[str, Any]]:
-    """The results of one or more runs with the same options; a later file's rounds follow the earlier ones'."""
-    results: dict[Job, dict[str, Any]] = {}
-    options: dict[str, Any] | None = None
-    first_round = 0
-    for path in paths:
-        saved = json.loads(path.read_text())
-        if options is not None and saved["options"] != options:
-            raise ValueError(
-                f"--report: expected runs with the same options, got {options} and {saved['options']} ({path}). "
-                "Fix: report them one by one."
-            )
-        options = saved["options"]
-        for entry in saved["jobs"]:
-            results[Job(entry["size"], entry["engine"], first_round + entry["round"])] = entry
-        first_round = 1 + max((job.round for job in results), default=-1)
-    assert options is not None
-    return results, options
 
 
 # Main -----------------------------------------------------------------------------------------------------------------

@@ -7,18 +7,11 @@ from typing import Any, NamedTuple
 
 from benchmarks.gpu_engines import ENGINES
 from benchmarks.gpu_job import CEILINGS
+from benchmarks.gpu_rounds import Job
 from benchmarks.llama import SIZES, numel_of
 
 GIB = 2**30
 BYTES_PER_PARAMETER = 28  # of one AdamW step: bf16 gradient, fp32 master and two moments in; those and bf16 out
-
-
-class Job(NamedTuple):
-    """One engine in one round at one size; the ceilings belong to no size."""
-
-    size: str
-    engine: str
-    round: int
 
 
 class Row(NamedTuple):

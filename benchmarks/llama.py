@@ -40,7 +40,15 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(dim=64, ffn=160, num_blocks=3, num_heads=2, vocabulary=512, length=32, batch=2),  # for dry runs
     "1b3": Size(dim=2048, ffn=5504, num_blocks=24, num_heads=16, vocabulary=32_000, length=2048),
+    "3b": Size(dim=3200, ffn=8640, num_blocks=26, num_heads=32, vocabulary=32_000, length=2048),
     "7b": Size(dim=4096, ffn=11_008, num_blocks=32, num_heads=32, vocabulary=32_000, length=2048),
+    "13b": Size(dim=5120, ffn=13_824, num_blocks=40, num_heads=40, vocabulary=32_000, length=2048),
+    "18b": Size(dim=6144, ffn=16_384, num_blocks=39, num_heads=48, vocabulary=32_000, length=2048),
+    "20b": Size(dim=6144, ffn=16_384, num_blocks=43, num_heads=48, vocabulary=32_000, length=2048),
+    "21b": Size(dim=6144, ffn=16_384, num_blocks=46, num_heads=48, vocabulary=32_000, length=2048),
+    "25b": Size(dim=6144, ffn=16_384, num_blocks=54, num_heads=48, vocabulary=32_000, length=2048),
+    "32b": Size(dim=6656, ffn=17_920, num_blocks=60, num_heads=52, vocabulary=32_000, length=2048),
+    "70b": Size(dim=8192, ffn=24_576, num_blocks=80, num_heads=64, vocabulary=32_000, length=2048, batch=4),
 }
 
 
@@ -174,7 +182,7 @@ class Model(NamedTuple):
 
 
 def make_plain(size: Size, device: torch.device) -> nn.Module:
-    """The decoder of this file."""
+    """The decoder of this file, in torch's default dtype."""
     with device:
         return Llama(size)
 
@@ -214,9 +222,18 @@ MODELS = {
 }
 
 
-def build(size: str, device: torch.device, model: str = "plain") -> nn.Module:
-    """The decoder of that size in fp32 on `device`; the same values in every process on the same kind of device."""
-    module = MODELS[model].make(SIZES[size], device)
+def build(size: str, device: torch.device, model: str = "plain", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The decoder of that size on `device`; the same values in every process on the same kind of device.
+
+    Args:
+        dtype: of its parameters, which are made in it: nothing larger exists on the way.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        module = MODELS[model].make(SIZES[size], device)
+    finally:
+        torch.set_default_dtype(before)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in module.parameters():
         if parameter.dim() > 1:
