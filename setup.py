@@ -61,7 +61,6 @@ def build_tools() -> list[str]:
     return tools if shutil.which("ninja") or shutil.which("make") else [*tools, "ninja"]
 
 
-
 setup(
     ext_modules=[Extension("lorica.kernels._native", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},

@@ -75,16 +75,17 @@ def run_job(job: Job, options: argparse.Namespace, limit_s: float, *more: str) -
     arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     arguments += ["--init", options.init] if options.init else []
     arguments += ["--trace"] if options.trace and job.round == 0 else []
+    environment = environment_of(job.engine, options)
     outcome = run_process(
         [str(Path(__file__).resolve()), *arguments, *more],
         limit_s,
-        environment=environment_of(job.engine, options),
+        environment=environment,
         watch=HostWatch(int((options.host_gib or total_bytes() / GIB) * GIB)),
         keep_log=True,
     )
     wait_for_memory(before - GIB)
     own = options.lorica if job.engine.startswith("lorica") else options.peer_env
-    return outcome | {"with": {"init": options.init, "own": own}}
+    return outcome | {"with": {"init": options.init, "own": own}, "environment": environment}
 
 
 def environment_of(name: str, options: argparse.Namespace) -> dict[str, str]:
@@ -279,7 +280,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--report",
         type=Path,
         nargs="+",
-        help="make the tables of these jobs.json, probe.json, train-*.json; run nothing",
+        help="make the tables of what earlier runs wrote (JSON); run nothing",
     )
     for name in ("--curve", "--result"):
         add(name, type=Path, help=argparse.SUPPRESS)
@@ -293,6 +294,7 @@ def main() -> int:
         write_and_exit(options.result, lambda device: (train if options.train else measure)(options, device))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the job that runs, too
     lift_memlock()
+    options.out = options.out.absolute()
     options.out.mkdir(parents=True, exist_ok=True)
     print(
         f"host memory: {left_bytes() / GIB:.1f} GiB left of {total_bytes() / GIB:.1f}, {os.cpu_count()} cores",

@@ -762,6 +762,8 @@ class Engine(nn.Module):
         for comm in (parts.site.shard, parts.site.replicate):
             if comm is not None:
                 comm.close()
+        for tier in parts.site.tiers.values():
+            tier.close()
         for unit in parts.units:
             for flat in unit.flats:
                 flat.leave()

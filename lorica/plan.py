@@ -7,9 +7,11 @@ arithmetic that the engine's accounting is tested against.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from lorica.layout import ALIGN
 
 ITEMSIZE = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
@@ -35,6 +37,33 @@ STAGE: dict[int, Sharded] = {
 }
 
 SPLIT_DTYPE = "int16"  # of a split master's remainders: see [Note: split master] in precision/rounding.py
+
+
+class MomentPlane(NamedTuple):
+    """One stored plane of an optimizer's moments, which has an element for every `ratio` elements of the parameters."""
+
+    name: str
+    dtype: str
+    ratio: int = 1
+
+    def numel(self, owned: int) -> int:
+        """Elements, if it belongs to `owned` elements of parameters."""
+        return owned // self.ratio
+
+    def bytes(self, owned: int) -> int:
+        """Bytes, if it belongs to `owned` elements of parameters."""
+        return self.numel(owned) * ITEMSIZE[self.dtype]
+
+
+_SCALE = MomentPlane(".scale", "float32", ALIGN)
+
+# What is stored of Adam's two moments; names follow that of the moment. See [Note: the 8-bit code] and
+# [Note: one second moment per block] in precision/compact.py.
+FORMATS: dict[str, tuple[tuple[MomentPlane, ...], ...]] = {
+    "bf16": ((MomentPlane("", "bfloat16"),), (MomentPlane("", "bfloat16"),)),
+    "int8": ((MomentPlane("", "int8"), _SCALE), (MomentPlane("", "uint8"), _SCALE)),
+    "int8_block": ((MomentPlane("", "int8"), _SCALE), (MomentPlane("", "float32", ALIGN),)),
+}
 
 SHARD_AXIS = "dp_shard"
 REPLICATE_AXIS = "dp_replicate"
@@ -100,6 +129,7 @@ class UnitPlan:
     wire: str = "identity"
     update: str = "sync"
     executor: str = "resident"
+    moment_format: str = "fp32"
 
     @property
     def master_is_split(self) -> bool:
@@ -110,6 +140,22 @@ class UnitPlan:
     def master_is_param(self) -> bool:
         """Whether the parameter's own plane serves as the master: same dtype, same tier."""
         return (self.master.dtype, self.master.tier) == (self.param.dtype, self.param.tier)
+
+    @property
+    def master_is_rounded(self) -> bool:
+        """Whether there is no master: the bf16 parameter itself is updated, rounded stochastically."""
+        return self.master_is_param and self.master.dtype == "bfloat16"
+
+    def moment_planes(self, names: Sequence[str]) -> list[MomentPlane]:
+        """What is stored of the optimizer's moments `names`."""
+        if self.moment_format == "fp32":
+            return [MomentPlane(name, self.moments.dtype) for name in names]
+        stored = zip(names, FORMATS[self.moment_format], strict=True)
+        return [plane._replace(name=name + plane.name) for name, planes in stored for plane in planes]
+
+    def moment_bytes(self, owned: int, num_moments: int) -> int:
+        """Bytes of `num_moments` moments of `owned` elements."""
+        return sum(plane.bytes(owned) for plane in self.moment_planes([""] * num_moments))
 
     def bytes_per_rank(
         self, plane_numel: int, num_shards: int, num_moments: int, *, trainable: bool, param_numel: int | None = None
@@ -128,7 +174,7 @@ class UnitPlan:
             param=param,
             grad=self._grad_bytes(plane_numel, num_shards, param_numel or plane_numel),
             master=0 if self.master_is_param else self.master.bytes(plane_numel, num_shards),
-            moments=num_moments * self.moments.bytes(plane_numel, num_shards),
+            moments=self.moment_bytes(self.moments.numel(plane_numel, num_shards), num_moments),
         )
 
     def _grad_bytes(self, plane_numel: int, num_shards: int, param_numel: int) -> int:
@@ -151,10 +197,12 @@ class Request:
     executor: str = "resident"
     overlap: bool = False  # update just in time
     split_master: bool = False  # wanted; done where it is exact, see `can_split`
+    moment_format: str = "fp32"  # as in `UnitPlan`; done where the moments are fp32
+    rounded_master: bool = False  # no master; done where a split one would be exact
 
     @property
     def can_split(self) -> bool:
-        """Whether a split master is exact: the parameter is bf16, its master fp32."""
+        """Whether a split master is exact (and none at all may do): the parameter is bf16, its master fp32."""
         return (self.param_dtype, self.master_dtype) == ("bfloat16", "float32")
 
 
@@ -210,15 +258,21 @@ def plan_unit(request: Request) -> UnitPlan:
     def axes(flag: bool) -> tuple[str, ...]:
         return (SHARD_AXIS,) if flag else ()
 
-    splits = request.split_master and request.can_split
+    rounded = request.rounded_master and request.can_split
+    splits = request.split_master and request.can_split and not rounded
     reduced_at_once = sharded.grad or (sharded.states and not request.accumulates)
     return UnitPlan(
         stage=request.stage,
         param=Placement(axes(sharded.param), request.param_tier, request.param_dtype),
         grad=Placement(axes(reduced_at_once), "device", request.accum_dtype),
-        master=Placement(axes(sharded.states), request.optimizer_tier, SPLIT_DTYPE if splits else request.master_dtype),
+        master=Placement(
+            axes(sharded.states),
+            request.param_tier if rounded else request.optimizer_tier,
+            request.param_dtype if rounded else SPLIT_DTYPE if splits else request.master_dtype,
+        ),
         moments=Placement(axes(sharded.states), request.optimizer_tier, request.master_dtype),
         comm_dtype=request.comm_dtype,
         update="just_in_time" if request.overlap and request.executor != "resident" else "sync",
         executor=request.executor,
+        moment_format=request.moment_format if request.master_dtype == "float32" else "fp32",
     )

@@ -55,6 +55,11 @@ struct Avx512 {
         store_half(p, _mm512_cvtepi32_epi16(hi), stream);
     }
 
+    static void store_split(uint16_t* lo, uint16_t* hi, F x, bool stream_lo, bool stream_hi) {
+        store_low(lo, x, stream_lo);
+        store_bf16(hi, x, stream_hi);
+    }
+
     static void store_fp16(uint16_t* p, F x, bool stream) {
         store_half(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT), stream);
     }

@@ -51,6 +51,11 @@ struct Neon {
         vst1_u16(p, vmovn_u32(hi));
     }
 
+    static void store_split(uint16_t* lo, uint16_t* hi, F x, bool stream_lo, bool stream_hi) {
+        store_low(lo, x, stream_lo);
+        store_bf16(hi, x, stream_hi);
+    }
+
     static void store_fp16(uint16_t* p, F x, bool) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 };
 

@@ -57,6 +57,11 @@ struct Scalar {
         *p = x != x ? 0x7FC0 : uint16_t((bits_of(x) + 0x8000) >> 16);  // ties away from zero
     }
 
+    static void store_split(uint16_t* lo, uint16_t* hi, F x, bool stream_lo, bool stream_hi) {
+        store_low(lo, x, stream_lo);
+        store_bf16(hi, x, stream_hi);
+    }
+
     static void store_fp16(uint16_t* p, F x, bool) {
         const uint32_t sign = bits_of(x) >> 16 & 0x8000, rest = bits_of(x) & 0x7FFFFFFF;
         uint32_t half;

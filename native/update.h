@@ -137,11 +137,11 @@ inline void update_vector(const Cursor& c, int64_t i, const Op& op, typename S::
     if constexpr (Op::moments > 0) S::store(c.m_out + i, m, c.stream_m);
     if constexpr (Op::moments > 1) S::store(c.v_out + i, v, c.stream_v);
     if constexpr (K == SPLIT) {
-        S::store_low(static_cast<uint16_t*>(c.master_out) + i, master, c.stream_master);
+        S::store_split(static_cast<uint16_t*>(c.master_out) + i, c.out + i, master, c.stream_master, c.stream_out);
     } else {
         S::store(static_cast<float*>(c.master_out) + i, master, c.stream_master);
     }
-    if constexpr (K == SPLIT || K == WITH_BF16) S::store_bf16(c.out + i, master, c.stream_out);
+    if constexpr (K == WITH_BF16) S::store_bf16(c.out + i, master, c.stream_out);
     if constexpr (K == WITH_FP16) S::store_fp16(c.out + i, master, c.stream_out);
 }
 

@@ -1,12 +1,12 @@
 // The update rules, compiled for NEON; empty on other processors.
 #if defined(__aarch64__)
-#include "neon.h"
-#include "update.h"
+#include "compact.h"
+#include "whole_neon.h"
 
 namespace lorica {
 
 extern const Kernels neon;
-const Kernels neon = {update<Neon>, square_sum<Neon>};
+const Kernels neon = {update_any<WholeNeon>, square_sum<Neon>};
 
 }  // namespace lorica
 #endif

@@ -1,10 +1,10 @@
 // The update rules, compiled for any processor.
-#include "scalar.h"
-#include "update.h"
+#include "compact.h"
+#include "whole_scalar.h"
 
 namespace lorica {
 
 extern const Kernels scalar;
-const Kernels scalar = {update<Scalar>, square_sum<Scalar>};
+const Kernels scalar = {update_any<WholeScalar>, square_sum<Scalar>};
 
 }  // namespace lorica

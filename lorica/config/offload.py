@@ -174,7 +174,7 @@ class Offload(Block):
         "Elements per chunk in which states travel.",
         form=Form.SIZE,
         bounds=_POSITIVE,
-        shown_default="4 Mi, or the largest plane",
+        shown_default="4 Mi to 64 Mi, about 96 chunks a step",
     )
     staging_memory: int | None = key(
         None,

@@ -211,7 +211,16 @@ def kernels(torch: Any) -> list[Feature]:
             features.append(
                 Feature(f"fused {name} ({device})", there, "of torch" if there else "the formula runs instead")
             )
-    return [*features, triton_kernels(torch), Feature("Liger", *_liger())]
+    return [native_kernels(), *features, triton_kernels(torch), Feature("Liger", *_liger())]
+
+
+def native_kernels() -> Feature:
+    """Lorica's own optimizer kernels for the CPU, and the instruction set that they use."""
+    from lorica.kernels import native
+
+    there = native.available()
+    remark = f"one-pass optimizers: {native.isa()}" if there else native.why_not()
+    return Feature("native kernels (cpu)", there, remark)
 
 
 def triton_kernels(torch: Any) -> Feature:

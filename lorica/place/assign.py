@@ -297,7 +297,7 @@ def _split(
             chosen.append(None if record is None else "device" if record == "device" else "host")
             continue
         chunks = num_chunks(plane, most)
-        far = plane.owned_numel * max(0, chunks - free) / chunks
+        far = plane.owned_numel * max(0, chunks - free) / max(1, chunks)
         done = {
             "host": busy["host"] + plane.owned_numel / host_rate if host_rate else float("inf"),
             "device": busy["device"] + far / device_rate if device_rate else float("inf"),

@@ -34,3 +34,7 @@ class Tier(Protocol):
     def alloc(self, numel: int, dtype: torch.dtype) -> Any:
         """Zero-filled plane of `numel` elements: a tensor on `self.device`, or a `FilePlane`."""
         ...
+
+    def close(self) -> None:
+        """Give no more planes, and give back what is given back with the engine and not with the last plane."""
+        ...

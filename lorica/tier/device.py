@@ -17,3 +17,6 @@ class DeviceTier:
     def alloc(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Zero-filled plane on the device."""
         return torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def close(self) -> None:
+        """Memory is freed with its planes."""

@@ -67,3 +67,10 @@ class HostTier:
             own.commit()
             return plane
         return torch.zeros(numel, dtype=dtype, pin_memory=self._pin)
+
+    def close(self) -> None:
+        """Close the arena, if there is one; its memory is freed with the last plane."""
+        self._prepared.clear()
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None

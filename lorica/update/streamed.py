@@ -117,8 +117,8 @@ class Streamed:
         while self._free and self._next < len(self._chunks):
             chunk, slot = self._chunks[self._next], self._free.popleft()
             with self._streams.stream(UP):
-                self._streams.wait(slot.free)
-                self._streams.wait(self._written[self._next])
+                for event in {id(e): e for e in (slot.free, self._written[self._next])}.values():
+                    self._streams.wait(event)
                 copy_record(home(chunk), slot.record(chunk))
                 self._staged.append(_Staged(chunk, slot, self._streams.record()))
             self._next += 1

@@ -32,7 +32,7 @@ from tests.models import RECIPES
 
 TIERS = ("device", "host", "nvme")
 EXECUTORS = ("device", "host")
-DELAYS_S = (0.0, 0.0, 0.0002, 0.002)  # a step takes some 10 ms
+DELAYS_S = (0.0, 0.0, 0.0, 0.0005, 0.002)  # a step takes some 10 ms
 MIN_CHUNK = 4096
 
 
@@ -186,7 +186,6 @@ class Plan:
         seed: of the draw for each plane, and of the delays.
         records, executors: what is drawn from for each plane, where it is legal.
         params: draw the parameters' tier too (stage 3).
-        alike: whether all ranks draw the same.
         staging_bytes: of the device's ring; 1: one slot.
     """
 
@@ -194,7 +193,6 @@ class Plan:
     records: tuple[str, ...] = TIERS
     executors: tuple[str, ...] = EXECUTORS
     params: bool = True
-    alike: bool = True
     chunk_numel: int = MIN_CHUNK
     staging_bytes: int = 1
     num_buffers: int = 4
@@ -213,13 +211,13 @@ class Plan:
             records=draw.choice(some_tiers),
             executors=draw.choice([EXECUTORS, EXECUTORS, ("device",), ("host",)]),
             params=draw.random() < 0.7,
-            alike=draw.random() < 0.5,
             chunk_numel=draw.choice([1, 4096, 5000, 8192, 12288, 1 << 24]),
             staging_bytes=draw.choice([1, 1 << 17, 1 << 18, 1 << 19, 1 << 26]),
             num_buffers=draw.randint(3, 5),
             threads=draw.randint(1, 3),
             overlap=draw.random() < 0.75,
             delays=draw.random() < 0.75,
+            keys=draw.choice([(), (("speculate", True),), (("speculate", True),)]),
         )
 
     def into(self, config: dict[str, Any], folder: str) -> None:
@@ -253,7 +251,7 @@ def placing(plan: Plan) -> Iterator[list[Placements]]:
 
     def place(*arguments: Any) -> Placements:
         placements = real(*arguments)
-        draw = random.Random(f"{plan.seed} {0 if plan.alike else dist.get_rank()}")
+        draw = random.Random(plan.seed)
         made.append(
             replace(
                 placements,
@@ -274,12 +272,12 @@ def placing(plan: Plan) -> Iterator[list[Placements]]:
 class Pauses:
     """Sleeps for a while drawn by lot; any thread may call it."""
 
-    def __init__(self, seed: int) -> None:
-        self._draw, self._lock = random.Random(seed), threading.Lock()
+    def __init__(self, seed: int, *, share: float = 1.0) -> None:
+        self._draw, self._lock, self._share = random.Random(seed), threading.Lock(), share
 
     def __call__(self) -> None:
         with self._lock:
-            seconds = self._draw.choice(DELAYS_S)
+            seconds = self._draw.choice(DELAYS_S) if self._draw.random() < self._share else 0.0
         if seconds:
             time.sleep(seconds)
 
@@ -322,10 +320,10 @@ class SlowIO(SystemFileIO):
 @contextmanager
 def delays(seed: int) -> Iterator[None]:
     """Let every worker of engines that are made inside pause at random."""
-    pause = Pauses(seed * 64 + dist.get_rank())
-    with before_each_chunk(pause), mock.patch("lorica.construct.HostStreams", lambda: SlowStreams(pause)), io(
-        SlowIO(pause)
-    ):
+    seed = seed * 64 + dist.get_rank()
+    pause, seldom = Pauses(seed), Pauses(seed, share=0.1)
+    streams = mock.patch("lorica.construct.HostStreams", lambda: SlowStreams(seldom))
+    with before_each_chunk(pause), streams, io(SlowIO(seldom)):
         yield
 
 
