@@ -272,7 +272,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--train", type=int, metavar="STEPS", help="train on text instead")
     add("--size", default="18b", help="of --train")
     add("--engine", choices=list(ENGINES), default="lorica-auto", help="of --train")
-    add("--lr", type=float, default=1e-4, help="of --train")
+    add("--lr", type=float, default=3e-5, help="of --train")
     add("--probe", action="store_true", help="measure PCIe, page locks, the CPU's update and the disk instead")
     add("--out", type=Path, default=ROOT / "runs" / "offload")
     add("--doc", type=Path, help="a Markdown file whose tables are replaced")

@@ -27,7 +27,7 @@ from benchmarks.llama import SIZES, numel_of
 from benchmarks.offload_job import Case, number, prepared
 
 READ_EVERY = 5  # steps between two readings of losses: a reading waits for the device
-WARMUP_STEPS = 5
+WARMUP_STEPS = 20
 END_S = 30.0  # kept for the end of a job
 GIB = 2**30
 

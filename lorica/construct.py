@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import nn
@@ -331,9 +331,35 @@ def _blueprint(config: Config, precision: Precision, chosen: Chosen | None, pred
         predivide=predivide,
         accumulates=config.gradient_accumulation_steps != 1,
         split_master=_splits(config, chosen),
+        **_compact(config, chosen),
         persist_numel=_or_default(zero.stage3_param_persistence_threshold, 100_000),
         persist_total=zero.stage3_model_persistence_threshold,
     )
+
+
+class Compact(TypedDict):
+    """How states are stored: the arguments of `Blueprint`."""
+
+    moment_format: str
+    rounded_master: bool
+
+
+def _compact(config: Config, chosen: Chosen | None) -> Compact:
+    """The formats that the configuration asks for.
+
+    Raises:
+        ValueError: if the optimizer keeps its states in fp32 only.
+    """
+    wanted = config.lorica.offload
+    able = chosen is None or chosen.flat.takes_compact
+    if not able and chosen is not None and (wanted.moments != "fp32" or wanted.master != "exact"):
+        moments: tuple[str, str, str] = ("moments", wanted.moments, "fp32")
+        name, value, default = moments if wanted.moments != "fp32" else ("master", wanted.master, "exact")
+        raise ValueError(
+            f'lorica.offload.{name}: expected AdamW or Adam for "{value}", got '
+            f'{type(chosen.client or chosen.flat).__name__}. Fix: set it to "{default}", or use one of them.'
+        )
+    return {"moment_format": wanted.moments, "rounded_master": wanted.master == "stochastic"}
 
 
 def _splits(config: Config, chosen: Chosen | None) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.config import Config
+from lorica.core.activations import HostActivations
 from lorica.core.compiled import CompiledBlocks
 from lorica.core.flat import Site
 from lorica.core.grads import Reducer
@@ -27,6 +28,7 @@ from lorica.core.interleave import Turns
 from lorica.core.norm import global_square_sum
 from lorica.core.peak import Peak, peak
 from lorica.core.prefetch import Prefetcher
+from lorica.core.streams import HostStreams
 from lorica.core.unit import Unit
 from lorica.data import RepeatingLoader, make_loader, route_shuffles
 from lorica.export import consolidated_state_dict, load_whole_state_dict, save_safetensors
@@ -109,6 +111,7 @@ class Engine(nn.Module):
         self._grad_norm: Tensor | None = None
         self._assumed = Assumptions()
         self._streams = parts.site.streams
+        self._activations = self._make_activations(parts)
         self._losses: list[Tensor] = []
         self._throughput = Throughput()
         for grad in parts.reducer.planes:
@@ -140,6 +143,16 @@ class Engine(nn.Module):
             settle=self._settle,
         )
 
+    def _make_activations(self, parts: Parts) -> HostActivations | None:
+        if not parts.config.lorica.offload.activations:
+            return None
+
+        def stays(tensor: Tensor) -> bool:
+            source = tensor._base if tensor._is_view() else tensor
+            return isinstance(source, nn.Parameter) or tensor.device != parts.site.device
+
+        return HostActivations(parts.site.streams or HostStreams(), parts.site.tiers["host"].alloc, stays)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -159,7 +172,10 @@ class Engine(nn.Module):
     def _call_module(self, *args: Any, **kwargs: Any) -> Any:
         if self._config.fp16.enabled and self._config.fp16.auto_cast:
             args, kwargs = _halved(args), _halved(kwargs)
-        return self.module(*args, **kwargs)
+        if self._activations is None or not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        with self._activations.saving():
+            return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Backpropagate `loss`, reducing gradients over the ranks while it runs.
@@ -667,10 +683,14 @@ class Engine(nn.Module):
     def peak(self) -> Peak:
         """The most that model states will take on this rank: known before the first step, and the same in every run."""
         ahead, max_live = self._parts.prefetcher.budget
-        return peak(self._parts.units, len(self._moment_names()), ahead_numel=ahead, max_live_numel=max_live)
+        ring = self._parts.update.ring_bytes if self._parts.update is not None else 0
+        return peak(
+            self._parts.units, len(self._moment_names()), ahead_numel=ahead, max_live_numel=max_live, ring_bytes=ring
+        )
 
     def _moment_names(self) -> tuple[str, ...]:
-        return next((tuple(flat.moments) for unit in self._parts.units for flat in unit.flats if flat.moments), ())
+        flats = [flat for unit in self._parts.units for flat in unit.flats]
+        return next((flat.moment_names for flat in flats if flat.moment_names), ())
 
     def traffic(self) -> dict[str, int]:
         """Bytes that this rank has sent to other ranks, by kind of collective."""

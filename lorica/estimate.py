@@ -3,14 +3,13 @@
 The numbers are those of `plan.py` for bf16 training with Adam, in bytes per parameter, divided by the number of ranks
 where the stage shards:
 
-    parameter 2, gradient 2, master 2, Adam moments 8           the master is split: only its lower half is held apart
-    optimizer on the host, parameters not: fp32 master 4        two halves in different memories are no master
-    stage 3: + 4 per parameter of the largest unit              its gathered weights and the gradients autograd leaves
+    parameter 2, gradient 2, master 2, Adam moments 8     the master is split: only its lower half is held apart
+    stage 3: + 4 per parameter of the largest unit        its gathered weights and the gradients autograd leaves
 
-DeepSpeed's estimators of the same names use other factors. They count 16 bytes (host) or 18 (device) where 12 and 14
-are meant here: an optimizer step there keeps a second, fp32 copy of the gradients. With offload they count gradients as
-host memory; here the gradient shard stays on the device. At stage 2 they count all optimizer states on every node; here
-each node holds those of its own ranks.
+DeepSpeed's estimators of the same names use other factors. They count 16 bytes (host) or 18 (device) where 10 and 14
+are meant here: masters there are whole, and an optimizer step keeps an fp32 copy of the gradients. With offload they
+count gradients as host memory; here the gradient shard stays on the device. At stage 2 they count all optimizer states
+on every node; here each node holds those of its own ranks.
 
 Not counted: activations, staging buffers of reductions (`reduce_bucket_size`), units gathered ahead, small parameters
 that stay whole at stage 3, padding of planes.
@@ -64,7 +63,7 @@ def estimate_zero2_model_states_mem_needs(
 
     Args:
         total_params: parameters of the model, all of them trained.
-        cpu_offload: master weights and moments in host memory.
+        cpu_offload: the masters' lower halves and the moments in host memory.
         additional_buffer_factor: multiplies host memory, as room for what is no model state; 1 gives the exact bytes.
     Raises:
         ValueError: if a number is out of range.
@@ -92,7 +91,7 @@ def estimate_zero3_model_states_mem_needs(
         total_params: parameters of the model, all of them trained.
         largest_layer_params: the most parameters that are gathered at a time (normally a transformer block and the
             root unit).
-        cpu_offload: master weights and moments in host memory.
+        cpu_offload: the masters' lower halves and the moments in host memory.
         cpu_offload_params: parameter shards too; means something only with `cpu_offload`, as in DeepSpeed.
         zero_init: the model is built under `zero.Init`, one module at a time, and never whole in host memory.
         additional_buffer_factor: multiplies host memory, as room for what is no model state; 1 gives the exact bytes.

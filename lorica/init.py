@@ -60,7 +60,7 @@ class Init:
             module: an existing module to shard as it is.
             data_parallel_group, mpu: where the data-parallel ranks are, as in `initialize`.
             mem_efficient_linear: accepted; freed weights share their storage, no copy is kept anyway.
-            remote_device: "cpu" keeps the shards in host memory; None or "none": as the configuration says.
+            remote_device: "cpu" keeps the shards in host memory; None or "none": if offload_param is "cpu" or "auto".
             pin_memory: accepted; host shards are pinned as the configuration says.
             config_dict_or_path, config: the configuration; only offload_param, mics_shard_size and "lorica" are read.
             enabled: False makes the context do nothing.
@@ -75,9 +75,8 @@ class Init:
         init_distributed()
         settings = load(_relevant(config_dict_or_path if config_dict_or_path is not None else config))
         self._dtype = dtype
-        self._tier = (
-            "host" if remote_device == "cpu" or settings.zero_optimization.offload_param.device == "cpu" else "device"
-        )
+        leaves = remote_device == "cpu" or settings.zero_optimization.offload_param.device != "none"
+        self._tier = "host" if leaves else "device"  # "auto" too: units are placed by `initialize`
         self._site, _, _ = make_site(settings, mpu if mpu is not None else _as_mpu(data_parallel_group))
         self._reopened = _Reopened()
         self._building: set[int] = set()

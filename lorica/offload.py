@@ -30,8 +30,10 @@ from lorica.tier import (
     device_available_bytes,
     disk_available_bytes,
     host_available_bytes,
+    measure,
     padded_bytes,
 )
+from lorica.update.agreement import least_of_all_ranks
 from lorica.update.build import Pipelines
 
 MIN_SLACK_BYTES = 1 << 20  # of an arena or a swap file, for planes that are rounded up to pages
@@ -71,11 +73,11 @@ def place_planes(
     demands = [_demand(planes[i], plans[i], moments, root_index) for i in order]
     on_cuda = site.device.type == "cuda"
     threads = update_threads(config.lorica.offload, zero.offload_optimizer, _num_cores())
+    in_chunks = optimizer is not None and optimizer.runs_in_chunks
     placements = place(
-        demands, _budgets(config, planes, site, on_cuda), _constraints(config, demands, site),
+        demands, _budgets(config, planes, site, on_cuda, in_chunks), _constraints(config, demands, site),
         Speeds.with_threads(threads),
     )  # fmt: skip
-    in_chunks = optimizer is not None and optimizer.runs_in_chunks
     where = {
         p.plane.name: Where(p.param, p.record or "device", _executor(p.record, p.executor, in_chunks))
         for p in placements.planes
@@ -87,7 +89,7 @@ def place_planes(
         staging_bytes=placements.staging_bytes,
         num_buffers=zero.offload_optimizer.buffer_count,
         threads=threads,
-        bind=on_cuda,
+        bind=on_cuda and (_local_ranks() == 1 or _is_bound()),
         guessed=guessed,
     )
     return Placed(where, pipelines, placements.table())
@@ -107,6 +109,8 @@ def _guessed(config: Config, placements: Placements, where: Mapping[str, Where],
     wish = config.lorica.offload.speculate
     if wish is False or (wish is None and not on_cuda) or not config.lorica.offload.overlap:
         return frozenset()
+    if config.lorica.offload.master == "stochastic":
+        return frozenset()  # the record has no parameters of its own to be written beside: see `can_guess`
     left, found = placements.host.left, set()
     for placed in reversed(placements.planes):
         if placed.record != "host" or where[placed.plane.name].executor != "host":
@@ -150,10 +154,16 @@ def _constraints(config: Config, demands: Sequence[PlaneDemand], site: Site) -> 
     )
 
 
+def _is_bound() -> bool:
+    """Whether the launcher has bound this rank to cores of its own."""
+    return hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < (os.cpu_count() or 1)
+
+
 def _num_cores() -> int:
-    """Cores of this rank."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // _local_ranks())
+    """Cores of this rank: those to which it is bound, or its share of all."""
+    if _is_bound():
+        return len(os.sched_getaffinity(0))
+    return max(1, (os.cpu_count() or 1) // _local_ranks())
 
 
 def _local_ranks() -> int:
@@ -164,9 +174,10 @@ def _local_ranks() -> int:
 # -- what there is -----------------------------------------------------------------------------------------------------
 
 
-def _budgets(config: Config, planes: Sequence[Outline], site: Site, on_cuda: bool) -> Budgets:
+def _budgets(config: Config, planes: Sequence[Outline], site: Site, on_cuda: bool, in_chunks: bool) -> Budgets:
     zero = config.zero_optimization
     folder = zero.offload_optimizer.nvme_path
+    uses_disk = folder is not None and in_chunks  # what must see whole planes cannot work on files
     host = host_available_bytes()
     free = Free(
         device_total=torch.cuda.get_device_properties(site.device).total_memory if on_cuda else host,
@@ -175,9 +186,8 @@ def _budgets(config: Config, planes: Sequence[Outline], site: Site, on_cuda: boo
         host=host + _held_on(torch.device("cpu"), planes) * _local_ranks() if on_cuda else host,
         disk=disk_available_bytes(folder) if folder is not None else 0,
     )
-    return Budgets.of(
-        free, config.lorica.offload, on_cuda=on_cuda, uses_disk=folder is not None, ranks_on_host=_local_ranks()
-    )
+    free = Free(*least_of_all_ranks(free, site))  # all ranks place alike, and refuse alike
+    return Budgets.of(free, config.lorica.offload, on_cuda=on_cuda, uses_disk=uses_disk, ranks_on_host=_local_ranks())
 
 
 def _held_on(device: torch.device, planes: Sequence[Outline]) -> int:
@@ -221,6 +231,7 @@ def _make_tiers(
             threads=config.aio.num_threads,
             block_bytes=config.aio.request_bytes,
         )
+        _log_disk(zero.offload_optimizer.nvme_path, sum(n * d.itemsize for n, d in on_disk))
 
 
 def _planes_of(plane: Outline, plan: UnitPlan, optimizer: FlatOptimizer | None) -> list[tuple[str, int, torch.dtype]]:
@@ -236,7 +247,8 @@ def _record_of(plan: UnitPlan, owned: int, optimizer: FlatOptimizer | None) -> l
     if optimizer is None:
         return []
     master = [] if plan.master_is_param else [(plan.master.tier, owned, dtype_of(plan.master.dtype))]
-    return master + [(plan.moments.tier, owned, dtype_of(plan.moments.dtype))] * len(optimizer.moments)
+    moments = plan.moment_planes(optimizer.moments)
+    return master + [(plan.moments.tier, plane.numel(owned), dtype_of(plane.dtype)) for plane in moments]
 
 
 def _spare_of(plane: Outline, plan: UnitPlan, optimizer: FlatOptimizer | None) -> list[tuple[str, int, torch.dtype]]:
@@ -251,6 +263,19 @@ def _page_lock(site: Site) -> PageLock:
     streams = site.streams
     assert isinstance(streams, CudaStreams)
     return PageLock(streams.register, streams.unregister)
+
+
+def _log_disk(folder: str, num_bytes: int) -> None:
+    """What the disk makes of a step, where that matters: every step reads and writes all states on it."""
+    if num_bytes < 1 << 30:
+        return
+    disk = measure(folder)
+    seconds = num_bytes / disk.read + num_bytes / disk.write
+    logger.info(
+        "%s reads at %.1f GB/s and writes at %.1f GB/s%s: %.1f s a step for %.1f GiB of states, if nothing hides it",
+        folder, disk.read / 1e9, disk.write / 1e9, "" if disk.direct else " (page cache included)",
+        seconds, num_bytes / 2**30,
+    )  # fmt: skip
 
 
 def _log_commit(commit: Commit, *, locked: bool) -> None:

@@ -179,28 +179,32 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
-    """A moment ("exp_avg", ...) of `param`, of its logical shape; None if there is none. Collective."""
+    """A moment ("exp_avg", ...) of `param`, of its logical shape; None if there is none. Collective.
+
+    In fp32, however it is stored.
+    """
     record = record_of(param)
-    if record is None or optim_state_key not in record.flat.moments:
+    if record is None or optim_state_key not in record.flat.moment_names:
         return None
-    return record.flat.collect(record.index, record.flat.moments[optim_state_key], record.flat.master_start)
+    return record.flat.collect_moment(record.index, optim_state_key)
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
     """Set a moment of `param` to `value` (the same on all ranks, of the logical shape).
 
+    What is stored in few bytes is rounded to nearest; one second moment per block becomes the block's mean.
+
     Raises:
         ValueError: if there is no such moment, no engine manages `param`, or the shapes differ.
     """
     record = _require(param, value, "safe_set_full_optimizer_state")
-    moments = record.flat.moments
+    moments = record.flat.moment_names
     if optim_state_key not in moments:
         raise ValueError(
             f"safe_set_full_optimizer_state: expected one of {sorted(moments)}, got {optim_state_key!r} "
             f"({record.name}). Fix: use a state that this optimizer has."
         )
-    record.flat.open_record(write=True)
-    record.flat.fill_plane(moments[optim_state_key], record.flat.master_start, record.index, value)
+    record.flat.fill_moment(record.index, optim_state_key, value)
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:

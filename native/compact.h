@@ -21,7 +21,7 @@ inline float float_of_bits(uint32_t bits) {
     return x;
 }
 
-// -- dice ---------------------------------------------------------------------------------------------------------------
+// -- dice -------------------------------------------------------------------------------------------------------------
 
 template <class S>
 inline typename S::I dice(uint32_t element, uint32_t key) {
@@ -38,7 +38,7 @@ inline typename S::I low(typename S::I x) { return S::iand(x, S::whole(0xFFFF));
 template <class S>
 inline typename S::I high(typename S::I x) { return S::template shift_right<16>(x); }
 
-// -- 8-bit codes ----------------------------------------------------------------------------------------------------------
+// -- 8-bit codes ------------------------------------------------------------------------------------------------------
 
 template <class S>
 inline uint32_t largest(typename S::I x) {
@@ -76,6 +76,12 @@ template <class S>
 inline typename S::F absolute(typename S::F x) { return S::floats(S::iand(S::bits(x), S::whole(0x7FFFFFFF))); }
 
 template <class S>
+inline typename S::I signed_code_of(typename S::F x, typename S::F inverse, typename S::F square, typename S::I bits) {
+    const auto q = code_of<S>(absolute<S>(x), inverse, square, low<S>(bits)), sign = S::sign_mask(x);
+    return S::isub(S::ixor(q, sign), sign);
+}
+
+template <class S>
 inline typename S::F signed_of(typename S::I code, typename S::F scale) {
     const auto q = S::to_float(code);
     return S::mul(S::mul(q, absolute<S>(q)), scale);
@@ -87,7 +93,7 @@ inline typename S::F root_of(typename S::I code, typename S::F scale) {
     return S::mul(S::mul(q, q), scale);
 }
 
-// -- a block --------------------------------------------------------------------------------------------------------------
+// -- a block ----------------------------------------------------------------------------------------------------------
 
 // The rule, with its parts by name.
 template <class S>
@@ -195,22 +201,6 @@ inline void update_floats(const Place& b, const Planes& p, const Adam<S>& op, ty
     }
 }
 
-template <class S>
-inline void encode_signed(const Place& b, const float* m, uint32_t top, uint32_t key, const uint32_t* padding) {
-    using F = typename S::F;
-    const Scaling<127> scaling(top);
-    const F inverse = S::set(scaling.inverse), square = S::set(scaling.square);
-    for (int i = 0; i < BLOCK; i += S::width) {
-        const F x = S::load(m + i);
-        const auto q = code_of<S>(absolute<S>(x), inverse, square, low<S>(dice<S>(b.element + i, key)));
-        const auto sign = S::sign_mask(x);
-        auto code = S::isub(S::ixor(q, sign), sign);
-        if (padding) code = S::iadd(code, S::load_whole(padding + i));
-        S::store_8(static_cast<uint8_t*>(b.m_out) + i, code);
-    }
-    *b.m_scale_out = scaling.scale;
-}
-
 // Both moments in 8 bits: one pass that updates, one that encodes, when the largest values are known.
 template <class S, Float G, Form K>
 inline void update_codes(const Place& b, const Planes& p, const Adam<S>& op, typename S::F& poison) {
@@ -233,16 +223,20 @@ inline void update_codes(const Place& b, const Planes& p, const Adam<S>& op, typ
         m_top = S::imax(m_top, S::bits(absolute<S>(m)));
         v_top = S::imax(v_top, S::bits(absolute<S>(root)));
     }
-    encode_signed<S>(b, ms, largest<S>(m_top), p.moment_key, nullptr);
-    const Scaling<255> scaling(largest<S>(v_top));
-    const F inverse = S::set(scaling.inverse), square = S::set(scaling.square);
+    const Scaling<127> of_m(largest<S>(m_top));
+    const Scaling<255> of_v(largest<S>(v_top));
+    const F m_inverse = S::set(of_m.inverse), v_inverse = S::set(of_v.inverse);
+    const F m_square = S::set(of_m.square), v_square = S::set(of_v.square);
     for (int i = 0; i < BLOCK; i += S::width) {
+        const auto bits = dice<S>(b.element + i, p.moment_key);
+        S::store_8(static_cast<uint8_t*>(b.m_out) + i, signed_code_of<S>(S::load(ms + i), m_inverse, m_square, bits));
         const F root = S::load(roots + i);
-        const auto q = code_of<S>(root, inverse, square, high<S>(dice<S>(b.element + i, p.moment_key)));
         const auto some = S::iand(S::greater(root, S::set(0.0f)), S::whole(1));
+        const auto q = code_of<S>(root, v_inverse, v_square, high<S>(bits));
         S::store_8(static_cast<uint8_t*>(b.v_out) + i, S::imax(q, some));
     }
-    *b.v_scale_out = scaling.scale;
+    *b.m_scale_out = of_m.scale;
+    *b.v_scale_out = of_v.scale;
 }
 
 // The mean of `count` squares of which `top` has the largest bits, in fixed point.
@@ -278,7 +272,7 @@ inline void update_block(const Place& b, const Planes& p, const BlockAdam<S>& op
         S::store(grads + i, kept, false);
         S::store(values + i, square, false);
         S::store_whole(padding + i, S::iand(is_padding, S::whole(0x80)));
-        top = S::imax(top, S::bits(square));
+        top = S::imax(top, S::bits(absolute<S>(square)));
         outside = S::isub(outside, is_padding);
     }
     uint32_t lanes[S::width], num_outside = 0;
@@ -298,10 +292,17 @@ inline void update_block(const Place& b, const Planes& p, const BlockAdam<S>& op
         m_top = S::imax(m_top, S::bits(absolute<S>(m)));
         store_master<S, K>(b, i, master, p.parameter_key);
     }
-    encode_signed<S>(b, values, largest<S>(m_top), p.moment_key, padding);
+    const Scaling<127> of_m(largest<S>(m_top));
+    const F m_inverse = S::set(of_m.inverse), m_square = S::set(of_m.square);
+    for (int i = 0; i < BLOCK; i += S::width) {
+        const auto bits = dice<S>(b.element + i, p.moment_key);
+        const auto code = signed_code_of<S>(S::load(values + i), m_inverse, m_square, bits);
+        S::store_8(static_cast<uint8_t*>(b.m_out) + i, S::iadd(code, S::load_whole(padding + i)));
+    }
+    *b.m_scale_out = of_m.scale;
 }
 
-// -- a range --------------------------------------------------------------------------------------------------------------
+// -- a range ----------------------------------------------------------------------------------------------------------
 
 template <class S, Float G, Form K, Format M>
 bool update_blocks(const Planes& p, int64_t begin, int64_t end) {

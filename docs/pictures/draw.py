@@ -1,6 +1,6 @@
 """The pictures of the documentation, as SVG text. Owns their look; what they say comes from the tables of the code.
 
-    python docs/pictures/draw.py            write the six pictures beside this file
+    python docs/pictures/draw.py            write the pictures beside this file
 
 Stages, slots, shards, groups and life cycles are read from `lorica.plan`, `lorica.layout`, `lorica.mesh` and
 `lorica.core.lifecycle`, so a picture cannot say something else than the code. Nothing but Lorica itself is needed.
@@ -9,7 +9,7 @@ Stages, slots, shards, groups and life cycles are read from `lorica.plan`, `lori
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -540,6 +540,181 @@ def _buffer_machine(y: int) -> Machine:
     )  # fmt: skip
 
 
+# -- 7. three tiers ----------------------------------------------------------------------------------------------------
+
+# Measured on one H200: docs/benchmarks-offload.md ("What the links carry"), docs/benchmarks-gpu.md (device memory).
+LINK_ALONE, LINK_UP, LINK_DOWN, DISK_READ, DISK_WRITE, DEVICE_COPY = "55", "50", "51", "2.1", "2.5", "4,259"
+CPU_ALONE, CPU_BESIDE = "4.2", "2.75"
+
+RECORD_TIER = {1: "device", 2: "device", 3: "device", 4: "host", 5: "host", 6: "host", 7: "files", 8: "files"}
+BYTE = 5  # pixels: rows are as high as they have bytes per parameter
+
+
+class Shelf(NamedTuple):
+    """One tier in the picture: its box, what it is called, who updates the records in it, where they begin."""
+
+    tier: str
+    top: float
+    height: float
+    title: str
+    lines: tuple[str, ...]
+    records: float
+
+
+SHELVES = (
+    Shelf("device", 64, 130, "device memory", ("updated by the GPU,", "in place"), 124),
+    Shelf("host", 244, 94, "host memory", ("updated by the CPU, in", "place, or by the GPU,", "through the ring"), 266),
+    Shelf("files", 388, 80, "files on NVMe", ("updated by the CPU,", "through its buffers"), 403),
+)
+GUESTS = (  # what is in a tier for a while only, or only if it is asked for
+    (72, STATES, ("ring of chunks: records that stream,", "as long as there is memory left")),
+    (112, PARAM, ("stage 3: units that are whole", "for a moment")),
+    (152, IDLE, ("activations: the reserve is kept", "for them")),
+    (252, PARAM, ("offload_param, stage 3: weights", "of the last units, or of all")),
+    (296, STATES, ("buffers of the CPU; spare records", "for guesses")),
+)
+
+
+def tiers() -> Picture:
+    """What lives in which tier, and how fast bytes get from one to the other."""
+    picture = Picture(880, 556, "Three tiers: device memory, host memory, files")
+    picture.text(246, 48, "unit", size=12, at="end", color=MUTED)
+    for unit in RECORD_TIER:
+        picture.text(_unit_x(unit) + 19, 48, str(unit), size=12, at="middle", bold=True, color=MUTED)
+    for shelf in SHELVES:
+        picture.rect(16, shelf.top, 848, shelf.height, IDLE.light, FAINT, round=8)
+        picture.text(28, shelf.top + 25, shelf.title, size=15, bold=True)
+        picture.lines(28, shelf.top + 46, shelf.lines, size=11, color=MUTED)
+        own = [unit for unit, tier in RECORD_TIER.items() if tier == shelf.tier]
+        _tier_row(picture, shelf.records, 10, STATES, "records 10 B", own)
+    _tier_row(picture, 80, 2, PARAM, "weights 2 B", RECORD_TIER)
+    _tier_row(picture, 102, 2, GRAD, "gradients 2 B", RECORD_TIER)
+    for y, tint, lines in GUESTS:
+        picture.rect(634, y, 220, 36, tint.light, tint.edge)
+        picture.lines(643, y + 15, lines, size=10)
+    link = f"PCIe: {LINK_UP} GB/s up and {LINK_DOWN} down at the same time; {LINK_ALONE} alone"
+    _tier_link(picture, _unit_x(5) + 19, 198, 240, link)
+    _tier_link(picture, _unit_x(7) + 41, 342, 384, f"disk: {DISK_READ} GB/s read, {DISK_WRITE} written")
+    notes = (
+        "Heights: bytes per parameter in bf16 with AdamW. Which unit's record lives where is the planner's choice.",
+        f"Speeds: measured on one H200, whose own memory copies {DEVICE_COPY} GB/s. On 16 threads the CPU updates",
+        f"{CPU_ALONE} thousand million parameters a second alone, {CPU_BESIDE} while both directions of PCIe are busy.",
+    )
+    picture.lines(28, 496, notes, size=12, color=MUTED)
+    return picture
+
+
+def _unit_x(unit: int) -> float:
+    return 256 + (unit - 1) * 44
+
+
+def _tier_row(picture: Picture, y: float, num_bytes: int, tint: Tint, label: str, units: Iterable[int]) -> None:
+    height = num_bytes * BYTE
+    picture.text(246, y + height / 2 + 4, label, size=11, at="end", color=tint.edge)
+    for unit in units:
+        picture.rect(_unit_x(unit), y, 38, height, tint.fill, tint.edge, round=1)
+
+
+def _tier_link(picture: Picture, x: float, top: float, bottom: float, label: str) -> None:
+    picture.path(f"M{x - 6:g} {bottom:g} L{x - 6:g} {top:g}", STATES.edge, wide=2)
+    picture.path(f"M{x + 6:g} {top:g} L{x + 6:g} {bottom:g}", STATES.edge, wide=2)
+    picture.text(x + 20, (top + bottom) / 2 + 4, label, size=12, color=STATES.edge)
+
+
+# -- 8. one step with offloaded records --------------------------------------------------------------------------------
+
+VERDICT, FORWARD, BACKWARD = 7.7, 8.1, 13.9  # when they begin, in units of one unit's backward; this is a schematic
+OFFLOAD_TASKS = (
+    *(Task("compute", str(unit), 7 - unit, 8 - unit) for unit in range(7, 0, -1)),
+    Task("norm", "norm", 7, VERDICT),
+    Task("resident", "1", VERDICT, 7.9), Task("resident", "2", 7.9, FORWARD),
+    *(Task("compute", str(unit), FORWARD + 0.75 * (unit - 1), FORWARD + 0.75 * unit) for unit in range(1, 7)),
+    Task("wait", "", 12.6, 13.15), Task("compute", "7", 13.15, BACKWARD), Task("compute", "7", BACKWARD, 14.9),
+    Task("up", "3", 0.3, 1.8), Task("up", "4", 1.8, 3.3), Task("up", "5", 8.8, 10.3),
+    Task("up", "3", 11.5, 13), Task("up", "4", 13.4, 14.9),
+    Task("update", "3", FORWARD, 8.45), Task("update", "4", 8.45, 8.8), Task("update", "5", 10.3, 10.65),
+    Task("down", "3", 8.45, 9.95), Task("down", "4", 9.95, 11.45), Task("down", "5", 11.45, 12.95),
+    Task("fetch", "6", FORWARD, 8.7), Task("fetch", "7", 8.7, 9.3),
+    Task("cpu", "6", 8.7, 10.65), Task("cpu", "7", 10.65, 12.75),
+    Task("send", "6", 10.65, 11.05), Task("send", "7", 12.75, 13.15),
+    Task("guess fetch", "7", 1.1, 1.7), Task("guess fetch", "6", 2.1, 2.7),
+    Task("guess", "7", 1.7, 3.7), Task("guess", "6", 3.7, 5.7), Task("guess", "swap", VERDICT, 8.5),
+    Task("guess send", "6", 8.5, 8.9), Task("guess send", "7", 8.9, 9.3),
+)  # fmt: skip
+LANES: dict[str, tuple[float, Tint]] = {
+    "compute": (66, WORK), "norm": (66, GRAD), "resident": (66, STATES), "wait": (66, IDLE),
+    "up": (134, STATES), "update": (166, STATES), "down": (198, STATES),
+    "fetch": (266, GRAD), "cpu": (298, STATES), "send": (330, PARAM),
+    "guess fetch": (398, GRAD), "guess": (430, STATES), "guess send": (462, PARAM),
+}  # fmt: skip
+LANE_LABELS = {
+    "compute": "compute stream",
+    "up": "records up", "update": "update", "down": "records down",
+    "fetch": "gradients, weights down", "cpu": "CPU thread", "send": "weights up",
+    "guess fetch": "gradients, weights down", "guess": "CPU thread", "guess send": "weights up",
+}  # fmt: skip
+TRANSFERS = {"up", "down", "fetch", "send", "guess fetch", "guess send"}  # in full colour
+LANE_GROUPS = (
+    (124, "units 3 to 5: records in host memory, updated by the GPU, in a ring with room for two"),
+    (256, "units 6 and 7: updated by the CPU"),
+    (388, "the same, if host memory is left: a guess, written beside the old records"),
+)
+LANE_REMARKS = (
+    ("up", 3.45, "ring full; what is near is unchanged"),
+    ("down", 0.3, "before the verdict nothing is written over"),
+    ("update", 10.85, "3, 4 up: next step"),
+    ("guess", 8.65, "if right: new and old records change places"),
+    ("guess send", 9.45, "if wrong: dropped, and the CPU works as above"),
+)
+
+
+def offload_step() -> Picture:
+    """When records travel and are updated: on the device, through its ring, by the CPU, by the CPU with guesses."""
+    picture = Picture(880, 580, "One step with offloaded records (schematic)")
+    for y, text in LANE_GROUPS:
+        picture.line(16, y - 19, 864, y - 19)
+        picture.text(28, y, text, size=12, bold=True, color=STATES.edge)
+    for lane, label in LANE_LABELS.items():
+        picture.text(172, LANES[lane][0] + 16, label, size=11, at="end", color=MUTED)
+    for begin, stop, label in (
+        (0, 7, "backward of step t"), (FORWARD, BACKWARD, "forward of step t + 1"), (BACKWARD, 14.9, "backward")
+    ):  # fmt: skip
+        middle = (_time_x(begin) + _time_x(stop)) / 2
+        picture.text(middle, 56, label, size=12, at="middle", bold=True, color=WORK.edge)
+    for task in OFFLOAD_TASKS:
+        _lane_box(picture, task)
+    for lane, time, remark in LANE_REMARKS:
+        picture.text(_time_x(time), LANES[lane][0] + 16, remark, size=11, color=MUTED)
+    _verdict_and_wait(picture)
+    notes = (
+        "A schematic, not a measured trace; not to scale. Time runs to the right; numbers are units. The records of",
+        "units 1 and 2 are on the device and are updated behind the norm. The forward of a unit waits for its own",
+        "update and for no other: here only 7 is late. What travels home goes on beside forward and backward.",
+    )
+    picture.lines(28, 518, notes, size=12, color=MUTED)
+    return picture
+
+
+def _time_x(time: float) -> float:
+    return 182 + time * 45.5
+
+
+def _lane_box(picture: Picture, task: Task) -> None:
+    y, tint = LANES[task.lane]
+    x, width = _time_x(task.start), _time_x(task.stop) - _time_x(task.start)
+    fill = "url(#hatch-pad)" if task.lane == "wait" else tint.fill if task.lane in TRANSFERS else tint.light
+    picture.rect(x + 0.5, y, width - 1, 24, fill, tint.edge, round=2)
+    picture.text(x + width / 2, y + 16, task.label, size=11, at="middle")
+
+
+def _verdict_and_wait(picture: Picture) -> None:
+    verdict, ready, y = _time_x(VERDICT), _time_x(13.15), LANES["send"][0] + 12
+    picture.line(verdict, 36, verdict, 492, GRAD.edge, wide=1.4)
+    picture.text(verdict, 28, "the verdict: norm, clipping, finite or not", size=12, at="middle", color=GRAD.edge)
+    picture.path(f"M{ready:g} {y:g} H{ready + 6:g} V{LANES['compute'][0] + 27:g}", PARAM.edge)
+    picture.text(ready + 12, y + 4, "7 waits", size=11, color=PARAM.edge)
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 PICTURES: dict[str, Callable[[], Picture]] = {
@@ -549,6 +724,8 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "units.svg": units,
     "mesh.svg": mesh,
     "lifecycles.svg": lifecycles,
+    "tiers.svg": tiers,
+    "offload_step.svg": offload_step,
 }
 
 

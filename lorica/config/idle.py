@@ -44,16 +44,15 @@ IDLE: tuple[Idle, ...] = (
         "with super_offload and without lorica.offload.threads",
     ),
     Idle(f"{_OPTIMIZER}.nvme_path", lambda c: not _uses_files(c), _FILES),
-    Idle(f"{_OPTIMIZER}.buffer_count", lambda c: not _uses_files(c), _FILES),
+    Idle(f"{_OPTIMIZER}.buffer_count", lambda c: _optimizer_device(c) == "none", "with offload_optimizer.device"),
     Idle("aio.", lambda c: not _uses_files(c), _FILES),
     Idle("lorica.offload.disk_space", lambda c: not _uses_files(c), _FILES),
+    *(Idle(f"lorica.offload.{key}", lambda c: False, "") for key in ("moments", "master", "activations")),
     Idle("lorica.offload.", lambda c: not _offloads(c), "with offload_optimizer or offload_param"),
 )
 
 
 def idle(config: Config, dotted: str) -> str:
     """Why a key means nothing in `config`; empty if it means something."""
-    for row in IDLE:
-        if dotted.startswith(row.start) and row.off(config):
-            return f"only means something {row.needs}"
-    return ""
+    row = next((row for row in IDLE if dotted.startswith(row.start)), None)
+    return f"only means something {row.needs}" if row is not None and row.off(config) else ""

@@ -1,4 +1,4 @@
-"""The keys of offloading: DeepSpeed's two blocks and its file I/O, and Lorica's own. What fits where: place.py."""
+"""The keys of offloading: DeepSpeed's two blocks and its file I/O, and Lorica's own. What fits where: place/."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ _SHARE = {"gt": 0, "le": 1}
 _PARAM_NVME: dict[Any, str] = {
     "nvme": 'use "cpu" (or "auto"), and offload_optimizer.device "nvme" for the states, which are five times as large'
 }
-_MOMENTS: dict[Any, str] = dict.fromkeys(("bf16", "int8"), 'use "fp32"; offload_optimizer.device "nvme" takes more')
 _SPARE_CORES = 2
 
 
@@ -53,7 +52,10 @@ class OffloadOptimizer(Block):
     )
     nvme_path: str | None = key(None, "Folder for the files of the NVMe tier, on the fastest disk.")
     buffer_count: int = key(
-        4, "NVMe: chunks of states in host memory at a time (read, being updated, written).", bounds={"ge": 3}
+        4,
+        "Chunks in host memory at a time for the CPU: fetched, being updated, sent. They hold gradients and parameters "
+        "of the GPU, and states from files.",
+        bounds={"ge": 3},
     )
     buffer_size: int | None = no_effect(
         None,
@@ -125,8 +127,9 @@ class Offload(Block):
     executor: Literal["auto", "device", "host"] = key(
         "auto",
         'What updates the states in host memory: `"host"` the CPU, where they are; `"device"` the GPU, through which '
-        'they stream; `"auto"` both at once, each with the share that makes them finish together (without a GPU: the '
-        "CPU). States in files are always updated by the CPU. The results are the same bits.",
+        'they stream; `"auto"` both at once, each with the share that makes them finish together, where what the ring '
+        "of the GPU holds costs it no time (without a GPU: the CPU). States in files are always updated by the CPU. "
+        "The results are the same bits.",
     )
     speculate: bool | None = key(
         None,
@@ -171,14 +174,14 @@ class Offload(Block):
     )
     staging_numel: int | None = key(
         None,
-        "Elements per chunk in which states travel.",
+        "Elements of a chunk in which states travel, at most; each plane is cut into equal chunks of whole 4096.",
         form=Form.SIZE,
         bounds=_POSITIVE,
-        shown_default="4 Mi to 64 Mi, about 96 chunks a step",
+        shown_default="4 Mi to 64 Mi, for about 96 chunks a step",
     )
     staging_memory: int | None = key(
         None,
-        "Bytes of device memory for the ring of chunks through which states stream; three chunks at least.",
+        "Bytes of device memory for the ring of chunks through which states stream; three of the largest at least.",
         form=Form.BYTES,
         bounds=_POSITIVE,
         shown_default="what is left, up to all that streams",
@@ -186,7 +189,22 @@ class Offload(Block):
     threads: int | None = key(
         None, "CPU threads that update.", bounds=_POSITIVE, shown_default=f"all cores but {_SPARE_CORES}"
     )
-    moments: Literal["fp32", "bf16", "int8"] = key("fp32", "Type of the stored moments.", refused=_MOMENTS)
+    activations: bool = key(
+        False,
+        "Keep what forward saves for backward in host memory meanwhile: with activation checkpointing the inputs of "
+        "the checkpointed blocks. For long sequences; offload optimizer states first, they move fewer bytes per step.",
+    )
+    moments: Literal["fp32", "bf16", "int8", "int8_block"] = key(
+        "fp32",
+        "How Adam's two moments are stored, offloaded or not: exactly (8 bytes a parameter), in bf16 (4), in 8 bits "
+        "with a scale for each block of 128 (2.06), or the first one in 8 bits and one second one per block (1.06). "
+        "[States in few bytes](precision.md#states-in-few-bytes).",
+    )
+    master: Literal["exact", "stochastic"] = key(
+        "exact",
+        'What a bf16 parameter is updated by: `"exact"`: a master in fp32; `"stochastic"`: none, the parameter itself '
+        "is updated and rounded stochastically, which saves 2 bytes a parameter (AdamW and Adam).",
+    )
 
 
 def update_threads(offload: Offload, optimizer: OffloadOptimizer, num_cores: int) -> int:

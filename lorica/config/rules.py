@@ -95,6 +95,18 @@ RULES: tuple[Rule, ...] = (
         "remove one of the two",
     ),
     Rule(
+        ("lorica.offload.master", "bf16.enabled"),
+        lambda c: c.lorica.offload.master == "stochastic" and not c.bf16.enabled,
+        "only bf16 parameters can do without a master",
+        'enable bf16, or set it to "exact"',
+    ),
+    Rule(
+        ("lorica.offload.master", "lorica.split_master"),
+        lambda c: c.lorica.offload.master == "stochastic" and c.lorica.split_master is True,
+        "leaves no master to split, and lorica.split_master is true",
+        "remove one of the two",
+    ),
+    Rule(
         ("zero_optimization.mics_shard_size", _STAGE),
         lambda c: c.zero_optimization.mics_shard_size > 0 and c.zero_optimization.stage < 3,
         "shard groups need sharded parameters, so stage 3",

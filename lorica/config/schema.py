@@ -56,7 +56,7 @@ class Lorica(Block):
     split_master: bool | None = key(
         None,
         "Keep the 16 low bits of the master beside a bf16 parameter, not an fp32 master: the same bits, 2 bytes less.",
-        shown_default="where the optimizer updates element by element and has its state where the parameters are",
+        shown_default="where the optimizer updates element by element",
     )
     on_nonfinite: Literal["skip", "raise"] = key("skip", "What to do with a gradient that holds inf or nan.")
     on_min_loss_scale: Literal["raise", "warn"] = key("raise", "What to do at an overflow at fp16.min_loss_scale.")

@@ -68,6 +68,7 @@ class Blueprint:
         predivide: see `GradPlane`.
         accumulates: whether an update takes several micro-steps.
         split_master: keep bf16 parameters and 16-bit remainders instead of fp32 masters, where that is exact.
+        moment_format, rounded_master: as in `plan.Request`.
         persist_numel: planes whose parameters are all at most this large stay whole at stage 3 ...
         persist_total: ... up to this many elements in all.
     """
@@ -81,6 +82,8 @@ class Blueprint:
     predivide: float = 1.0
     accumulates: bool = False
     split_master: bool = False
+    moment_format: str = "fp32"
+    rounded_master: bool = False
     persist_numel: int = 0
     persist_total: int = 2**62
 
@@ -147,6 +150,8 @@ def plan_of(plane: Outline, blueprint: Blueprint) -> UnitPlan:
             executor=where.executor,
             overlap=blueprint.overlap,
             split_master=blueprint.split_master,
+            moment_format=blueprint.moment_format,
+            rounded_master=blueprint.rounded_master,
         )
     )
     alone = plane.layout.num_shards == 1

@@ -11,6 +11,7 @@ gradients. Test: test_ordinary_use, "a layer that saves a view of its weight".
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from lorica.core.lifecycle import PARAM_MOVES, Lifecycle, ParamState
 from lorica.core.parameter import ParamRecord, attach, detach, hide, is_rebound, show
 from lorica.core.streams import Behind
-from lorica.layout import Layout, Overlap
+from lorica.layout import ALIGN, Layout, Overlap, round_up
 from lorica.plan import StateBytes, UnitPlan
+from lorica.precision.compact import decode, encode
 from lorica.precision.rounding import join, rounded, split
 
 if TYPE_CHECKING:
@@ -76,7 +78,9 @@ class Flat:
         self.comm = site.shard
         self.dtype = dtype_of(plan.param.dtype)
         self.start, self.stop = layout.shard_range(self.comm.rank)
-        self.moments: dict[str, Stored] = {}
+        self.moments: dict[str, Stored] = {}  # what is stored of them: see `UnitPlan.moment_planes`
+        self.moment_names: tuple[str, ...] = ()
+        self.salt = zlib.crc32(name.encode())  # of the dice of stochastic rounding
         self.on_demand: OnDemand | None = None
         self.grad_plane: GradPlane | None = None
         self.destroyed = False  # its engine has ended
@@ -85,6 +89,7 @@ class Flat:
         self._source: Tensor | None = None
         self.opener: Callable[[bool], None] | None = None  # of the executor that works on copies of the record
         self._update: Callable[[], None] | None = None  # finishes an update that is still under way
+        self._update_is_done: Callable[[], bool] = lambda: True
         self._alloc_param()
         self.master = self._alloc_master() if trainable else None
         self.state = Lifecycle(f"plane {name}", PARAM_MOVES, ParamState.SHARDED if self.sharded else ParamState.FULL)
@@ -144,10 +149,12 @@ class Flat:
         return self.site.tiers[self.plan.master.tier].alloc(self.owned.numel(), dtype_of(self.plan.master.dtype))
 
     def alloc_moments(self, names: Sequence[str]) -> None:
-        """Give the optimizer's moment planes their memory (zeros), in the tier of the plan."""
+        """Give the optimizer's moments `names` their memory (zeros), in the tier and the format of the plan."""
         assert self.master is not None
-        tier, dtype = self.site.tiers[self.plan.moments.tier], dtype_of(self.plan.moments.dtype)
-        self.moments = {name: tier.alloc(self.master.numel(), dtype) for name in names}
+        owned, alloc = self.master.numel(), self.site.tiers[self.plan.moments.tier].alloc
+        self.moment_names = tuple(names)
+        planes = self.plan.moment_planes(names)
+        self.moments = {plane.name: alloc(plane.numel(owned), dtype_of(plane.dtype)) for plane in planes}
 
     @property
     def master_start(self) -> int:
@@ -257,12 +264,65 @@ class Flat:
         if self.master is None:
             return self.collect(index, self.shard if self.sharded else self.full, self.start if self.sharded else 0)
         if not self.plan.master_is_split:
-            return self.collect(index, self.master, self.master_start)
+            whole = self.collect(index, self.master, self.master_start)
+            return whole.float() if self.plan.master_is_rounded else whole
         part, piece = self._part(index, self.master_start, self.master_start + self.master.numel()), None
         if part is not None:
             low = _elements(self.master, part.place)
             piece = join(self.owned[part.place], low.to(self.owned.device))
         return self._assemble(index, part, piece, torch.float32, sharded=self.plan.master.sharded)
+
+    # -- moments -----------------------------------------------------------------------------------------------------
+
+    def collect_moment(self, index: int, name: str) -> Tensor:
+        """The values of a parameter's moment, fp32 (fp64 for a parameter of fp64). Collective if they are sharded."""
+        self.open_record(write=False)  # first: a guess that was right puts other planes in their place
+        if self.plan.moment_format == "fp32":
+            return self.collect(index, self.moments[name], self.master_start)
+        assert self.master is not None
+        part, piece = self._part(index, self.master_start, self.master_start + self.master.numel()), None
+        if part is not None:
+            codes, scale, numel = self._stored(name, part), self._stored(f"{name}.scale", part), part.end - part.begin
+            assert codes is not None
+            piece = decode(codes, scale, round_up(numel, ALIGN))[:numel]
+        return self._assemble(index, part, piece, torch.float32, sharded=self.plan.master.sharded)
+
+    def fill_moment(self, index: int, name: str, values: Tensor) -> None:
+        """Write the values of a parameter's moment, rounded to nearest where they are stored in few bytes.
+
+        Args:
+            index: slot number. values: the whole parameter's, any shape.
+        """
+        self.open_record(write=True)
+        if self.plan.moment_format == "fp32":
+            self.fill_plane(self.moments[name], self.master_start, index, values)
+            return
+        assert self.master is not None
+        part = self._part(index, self.master_start, self.master_start + self.master.numel())
+        if part is None:
+            return
+        mine = values.detach().reshape(-1)[part.begin : part.end].float()
+        padded = mine.new_zeros(round_up(mine.numel(), ALIGN))
+        padded[: mine.numel()] = mine
+        plane, ratio = self.moments[name], self._ratio(name)
+        inside = torch.arange(padded.numel(), device=mine.device) < mine.numel()
+        coded = encode(padded, plane.dtype, inside, per_block=ratio > 1)
+        _put(plane, part.place.start // ratio, coded.codes[: mine.numel()])  # what is padding keeps its mark
+        if coded.scale is not None:
+            _put(self.moments[f"{name}.scale"], part.place.start // ALIGN, coded.scale)
+
+    def _ratio(self, name: str) -> int:
+        """Elements of the parameters for each element of a stored plane."""
+        assert self.master is not None
+        return int(self.master.numel()) // int(self.moments[name].numel())
+
+    def _stored(self, name: str, part: Overlap) -> Tensor | None:
+        """What is stored of a parameter's part, in whole blocks; None if there is no such plane."""
+        if name not in self.moments:
+            return None
+        ratio = self._ratio(name)
+        stop = round_up(part.place.stop, ALIGN)
+        return _elements(self.moments[name], slice(part.place.start // ratio, stop // ratio))
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -288,14 +348,19 @@ class Flat:
             for param in self.params:
                 detach(param)
 
-    def defer(self, finish: Callable[[], None]) -> None:
-        """An update of this plane is under way: `finish` is called once, before its next use."""
-        self._update = finish
+    def defer(self, finish: Callable[[], None], is_done: Callable[[], bool]) -> None:
+        """An update of this plane is under way.
+
+        Args:
+            finish: called once, before the plane's next use.
+            is_done: whether `finish` would return at once.
+        """
+        self._update, self._update_is_done = finish, is_done
 
     @property
-    def is_settled(self) -> bool:
-        """Whether no update is under way."""
-        return self._update is None
+    def holds_up(self) -> bool:
+        """Whether the next use would make the host wait for an update."""
+        return self._update is not None and not self._update_is_done()
 
     def open_record(self, *, write: bool) -> None:
         """Before the host reads or writes master or moments: have them where they live, with nothing under way."""
@@ -358,6 +423,14 @@ class Flat:
     def touched(self) -> bool:
         """A parameter was used while sharded: gather now if a forward pass is running."""
         return self.on_demand is not None and self.on_demand.touched(self)
+
+
+def _put(plane: Stored, start: int, values: Tensor) -> None:
+    """Write `values` to the elements from `start` on."""
+    if isinstance(plane, Tensor):
+        plane[start : start + values.numel()].copy_(values)
+    else:
+        plane.store(start, values)
 
 
 def _elements(plane: Stored, place: slice) -> Tensor:

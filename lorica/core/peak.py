@@ -3,6 +3,7 @@
 between steps     parameters, master, moments
 in backward       + gradients so far, + those that autograd has just left of one unit, + staging of reductions
 at stage 3        + the units that are whole: the root unit, the one in use, those gathered ahead
+offloaded         + the ring through which optimizer states stream
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Peak(NamedTuple):
         states: model states in all tiers, with all gradients.
         device: the part of them on the compute device.
         passing: what is on the device besides, at the worst moment: gradients before they are packed, staging, gathered
-            parameters.
+            parameters, states that stream through.
     """
 
     states: StateBytes
@@ -39,12 +40,15 @@ class Peak(NamedTuple):
         )
 
 
-def peak(units: Sequence[Unit], num_moments: int, *, ahead_numel: int, max_live_numel: int | None) -> Peak:
+def peak(
+    units: Sequence[Unit], num_moments: int, *, ahead_numel: int, max_live_numel: int | None, ring_bytes: int = 0
+) -> Peak:
     """The peak of an engine with these units.
 
     Args:
         num_moments: moment planes of the optimizer.
         ahead_numel, max_live_numel: the budgets of the prefetcher, in elements.
+        ring_bytes: device memory of the ring through which optimizer states stream.
     """
     states, device = StateBytes(), 0
     for unit in units:
@@ -54,7 +58,7 @@ def peak(units: Sequence[Unit], num_moments: int, *, ahead_numel: int, max_live_
             placements = (flat.plan.param, flat.plan.grad, flat.plan.master, flat.plan.moments)
             device += sum(b for b, where in zip(planned, placements, strict=True) if where.tier == "device")
     passing = max((_unpacked(unit) for unit in units), default=0)
-    return Peak(states, device, passing + _whole(units, ahead_numel, max_live_numel))
+    return Peak(states, device, passing + ring_bytes + _whole(units, ahead_numel, max_live_numel))
 
 
 def _unpacked(unit: Unit) -> int:

@@ -76,6 +76,8 @@ class Prefetcher:
         while budget > 0 and (upcoming := following.get(unit)) is not None and upcoming not in seen:
             budget -= upcoming.sharded_numel
             if not upcoming.is_full:
+                if upcoming.holds_up and upcoming.is_alone:
+                    return  # the unit in use can be launched before
                 if self._max_live is not None and self.live_numel + upcoming.sharded_numel > self._max_live:
                     return
                 upcoming.unshard()

@@ -44,6 +44,16 @@ class Unit:
         """Whether every parameter can be used now."""
         return all(flat.is_full for flat in self.flats)
 
+    @property
+    def holds_up(self) -> bool:
+        """Whether using it would make the host wait for an update that is under way."""
+        return any(flat.holds_up for flat in self.flats)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other rank takes part in gathering it: then timing may decide when that is."""
+        return all(flat.comm.world_size == 1 for flat in self.flats)
+
     def unshard(self) -> None:
         """Start gathering what is sharded."""
         for flat in self.flats:

@@ -6,6 +6,7 @@ Computed in double precision on the host, rounded to fp32 once; a kernel reads t
 from __future__ import annotations
 
 NUM_HYPER = 12
+STEPS = 1 << 24  # the number of a step is exact in fp32 below it
 
 
 def adam_hyper(
@@ -18,12 +19,15 @@ def adam_hyper(
     decoupled: bool,
     bias_correction: bool,
 ) -> tuple[float, ...]:
-    """The scalars of one Adam step: b1, 1-b1, b2, 1-b2, eps, L2 decay, 1 - lr*decay, -lr/correction1, 1/correction2."""
+    """The scalars of one Adam step: b1, 1-b1, b2, 1-b2, eps, L2 decay, 1 - lr*decay, -lr/correction1, 1/correction2,
+    and the number of the step (modulo 2^24), for the dice of compact states.
+    """
     correction1 = 1 - betas[0] ** step if bias_correction else 1.0
     correction2 = (1 - betas[1] ** step) ** 0.5 if bias_correction else 1.0
     l2, shrink = (0.0, 1 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
     return (
         betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, l2, shrink, -lr / correction1, 1 / correction2,
+        float(step % STEPS),
     )  # fmt: skip
 
 

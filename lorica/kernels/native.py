@@ -28,17 +28,25 @@ import torch
 from torch import Tensor
 
 from lorica.kernels.hyper import NUM_HYPER
+from lorica.layout import ALIGN as BLOCK
 
 LIBRARY = Path(__file__).with_name("_native.so")
 SOURCES = Path(__file__).resolve().parents[2] / "native"  # in a source tree
-ABI = 1  # native/planes.h
+ABI = 2  # native/planes.h
 ISA_VARIABLE = "LORICA_NATIVE_ISA"
 
 # The numbers of native/planes.h.
 _FLOAT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORM = {None: 0, torch.bfloat16: 1, torch.float16: 2}
-_SPLIT = 3
+_SPLIT, _ROUNDED = 3, 4
 _RULE = {"adam": 0, "lion": 1, "sgd": 2, "sgd with momentum": 3, "adagrad": 4}
+# By the dtypes of Adam's two moments; the second plane of the last one has an element per block.
+_FORMAT = {
+    (torch.float32, torch.float32): 0,
+    (torch.bfloat16, torch.bfloat16): 1,
+    (torch.int8, torch.uint8): 2,
+    (torch.int8, torch.float32): 3,
+}
 
 
 class Destination(NamedTuple):
@@ -46,11 +54,13 @@ class Destination(NamedTuple):
 
     Attributes:
         master: [N] fp32 or int16. out: [N] bf16 or fp16; None if the master is the parameter. moments: [N] fp32 each.
+        scales: of moments in 8 bits, [N / 128] fp32 each.
     """
 
     master: Tensor
     out: Tensor | None
     moments: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...] = ()
 
 
 class _Planes(ctypes.Structure):
@@ -67,9 +77,17 @@ class _Planes(ctypes.Structure):
         ("m_out", ctypes.c_void_p),
         ("v_in", ctypes.c_void_p),
         ("v_out", ctypes.c_void_p),
+        ("m_scale_in", ctypes.c_void_p),
+        ("m_scale_out", ctypes.c_void_p),
+        ("v_scale_in", ctypes.c_void_p),
+        ("v_scale_out", ctypes.c_void_p),
         ("grad_type", ctypes.c_int32),
         ("form", ctypes.c_int32),
         ("rule", ctypes.c_int32),
+        ("format", ctypes.c_int32),
+        ("start", ctypes.c_uint32),
+        ("moment_key", ctypes.c_uint32),
+        ("parameter_key", ctypes.c_uint32),
         ("coef", ctypes.c_float),
         ("hyper", ctypes.c_float * NUM_HYPER),
     )
@@ -237,14 +255,20 @@ def fits(master_N: Tensor, grad_N: Tensor, out_N: Tensor | None) -> bool:
     return _misfit(master_N, grad_N, out_N) is None
 
 
-def _misfit(master_N: Tensor, grad_N: Tensor, out_N: Tensor | None) -> str | None:
-    """What is wrong with the planes of an update."""
+def fits_compact(master_N: Tensor, grad_N: Tensor, out_N: Tensor | None) -> bool:
+    """Whether `adam_compact` takes these planes: what `fits` says, or a bf16 parameter without a master."""
+    return _misfit(master_N, grad_N, out_N, rounded=True) is None
+
+
+def _misfit(master_N: Tensor, grad_N: Tensor, out_N: Tensor | None, *, rounded: bool = False) -> str | None:
+    """What is wrong with the planes of an update. Args: rounded: a bf16 parameter may be its own master."""
     planes = {"master": master_N, "grad": grad_N} | ({} if out_N is None else {"out": out_N})
     for name, plane in planes.items():
         if plane.device.type != "cpu" or not plane.is_contiguous():
             return f"{name}: expected a contiguous CPU tensor, got one on {plane.device}, strides {plane.stride()}"
     out = None if out_N is None else out_N.dtype
-    if master_N.dtype not in (torch.float32, torch.int16):
+    own = rounded and master_N.dtype is torch.bfloat16 and out is None
+    if master_N.dtype not in (torch.float32, torch.int16) and not own:
         return f"master: expected float32, or int16 for a split one, got {master_N.dtype}"
     if master_N.dtype is torch.int16 and out is not torch.bfloat16:
         return f"out: expected bfloat16, the upper halves of a split master, got {out}"
@@ -275,6 +299,32 @@ def adam(
         ValueError: if a plane has the wrong dtype, length or device.
     """
     return _update("adam", master_N, out_N, grad_N, (m_N, v_N), coef, hyper, pool, into)
+
+
+def adam_compact(
+    master_N: Tensor, out_N: Tensor | None, grad_N: Tensor, m_N: Tensor, v_N: Tensor, *,
+    scales: tuple[Tensor, ...], coef: float, hyper: Sequence[float], keys: tuple[int, int], start: int,
+    pool: Pool | None = None, into: Destination | None = None,
+) -> bool:  # fmt: skip
+    """One Adam or AdamW update of moments in few bytes, or of a parameter without a master; see precision/compact.py.
+
+    Args:
+        master_N: as in `adam`; or bf16, the parameter itself, rounded stochastically (`out_N` is None then).
+            N: a multiple of 128.
+        m_N, v_N: fp32; bf16; or int8 and uint8; or int8 and fp32 [N / 128].
+        scales: [N / 128] fp32 for each moment in 8 bits.
+        keys: `compact.key_of` the step and plane, for the moments and for the parameter.
+        start: number of the first element in its plane.
+        out_N, grad_N, coef, hyper, pool, into, and what is returned and raised: as in `adam`.
+    """
+    moments, numel = (m_N, v_N), master_N.numel()
+    target = Destination(master_N, out_N, moments, scales) if into is None else into
+    problem = _misfit(master_N, grad_N, out_N, rounded=True) or _compact_misfit(moments, scales, numel)
+    problem = problem or _mismatch((master_N, out_N, *moments, *scales), grad_N, (*target[:2], *target[2], *target[3]))
+    if problem:
+        raise ValueError(f"adam_compact: {problem}. Fix: pass planes as Segment describes them.")
+    dice = _Dice(_FORMAT[m_N.dtype, v_N.dtype], start & 0xFFFFFFFF, *keys)
+    return _run("adam", Destination(master_N, out_N, moments, scales), target, grad_N, coef, hyper, pool, dice)
 
 
 def lion(
@@ -308,38 +358,88 @@ def _update(
     coef: float, hyper: Sequence[float], pool: Pool | None, into: Destination | None,
 ) -> bool:  # fmt: skip
     target = Destination(master_N, out_N, moments) if into is None else into
-    problem = _misfit(master_N, grad_N, out_N) or _mismatch(master_N, out_N, grad_N, moments, target)
+    problem = _misfit(master_N, grad_N, out_N) or _inexact(moments, master_N.numel())
+    problem = problem or _mismatch((master_N, out_N, *moments), grad_N, (*target[:2], *target.moments))
     if problem:
         raise ValueError(f"{rule}: {problem}. Fix: pass planes as Segment describes them.")
-    split = master_N.dtype is torch.int16
-    states = [_address(plane) for pair in zip(moments, target.moments, strict=True) for plane in pair]
+    return _run(rule, Destination(master_N, out_N, moments), target, grad_N, coef, hyper, pool)
+
+
+class _Dice(NamedTuple):
+    """What `lorica_planes` says of compact states."""
+
+    format: int = 0
+    start: int = 0
+    moment_key: int = 0
+    parameter_key: int = 0
+
+
+_NO_DICE = _Dice()
+
+
+def _run(
+    rule: str, read: Destination, written: Destination, grad_N: Tensor, coef: float, hyper: Sequence[float],
+    pool: Pool | None, dice: _Dice = _NO_DICE,
+) -> bool:  # fmt: skip
+    split = read.master.dtype is torch.int16
+    form = _SPLIT if split else _FORM[None if read.out is None else read.out.dtype]
     planes = _Planes(
-        master_N.numel(), _address(grad_N), _address(master_N), _address(target.master),
-        _address(out_N) if split else None, _address(target.out), *states, *[None] * (4 - len(states)),
-        _FLOAT[grad_N.dtype], _SPLIT if split else _FORM[None if out_N is None else out_N.dtype], _RULE[rule],
-        coef, (ctypes.c_float * NUM_HYPER)(*hyper),
+        read.master.numel(), _address(grad_N), _address(read.master), _address(written.master),
+        _address(read.out) if split else None, _address(written.out),
+        *_pairs(read.moments, written.moments), *_pairs(read.scales, written.scales),
+        _FLOAT[grad_N.dtype], _ROUNDED if read.master.dtype is torch.bfloat16 else form, _RULE[rule],
+        *dice, coef, (ctypes.c_float * NUM_HYPER)(*hyper),
     )  # fmt: skip
     return bool(_library().lorica_update(_pool(pool).handle, isas().index(isa()), ctypes.byref(planes)))
+
+
+def _pairs(read: tuple[Tensor, ...], written: tuple[Tensor, ...]) -> list[int | None]:
+    """Four addresses: of two planes, where each is read and where it is written."""
+    found = [_address(plane) for pair in zip(read, written, strict=True) for plane in pair]
+    return [*found, *[None] * (4 - len(found))]
 
 
 def _address(plane: Tensor | None) -> int | None:
     return None if plane is None else plane.data_ptr()
 
 
-def _mismatch(
-    master_N: Tensor, out_N: Tensor | None, grad_N: Tensor, moments: tuple[Tensor, ...], target: Destination
-) -> str | None:
-    """What is wrong between the planes: lengths, moments, where to write."""
-    numel = master_N.numel()
+def _inexact(moments: tuple[Tensor, ...], numel: int) -> str | None:
+    """What is wrong with fp32 moments."""
     for plane in moments:
         if plane.dtype is not torch.float32 or plane.device.type != "cpu" or not plane.is_contiguous():
             return f"moments: expected contiguous float32 CPU tensors, got {plane.dtype} on {plane.device}"
-    if any(plane.numel() != numel for plane in (grad_N, *moments, *([] if out_N is None else [out_N]))):
+        if plane.numel() != numel:
+            return f"moments: expected {numel} elements, as in the master, got {plane.numel()}"
+    return None
+
+
+def _compact_misfit(moments: tuple[Tensor, Tensor], scales: tuple[Tensor, ...], numel: int) -> str | None:
+    """What is wrong with moments in few bytes."""
+    dtypes, blocks = (moments[0].dtype, moments[1].dtype), numel // BLOCK
+    if dtypes not in _FORMAT or numel % BLOCK:
+        return f"moments: expected one of the formats in whole blocks of {BLOCK}, got {dtypes} for {numel} elements"
+    lengths = [plane.numel() for plane in moments]
+    if lengths != [numel, blocks if dtypes == (torch.int8, torch.float32) else numel]:
+        return f"moments: expected planes for {numel} elements, got {lengths}"
+    coded = sum(dtype in (torch.int8, torch.uint8) for dtype in dtypes)
+    if len(scales) != coded or any(s.dtype is not torch.float32 or s.numel() != blocks for s in scales):
+        return f"scales: expected {coded} of {blocks} float32, got {[(s.numel(), s.dtype) for s in scales]}"
+    for plane in (*moments, *scales):
+        if plane.device.type != "cpu" or not plane.is_contiguous():
+            return f"moments: expected contiguous CPU tensors, got one on {plane.device}, strides {plane.stride()}"
+    return None
+
+
+Tensors = tuple[Tensor | None, ...]
+
+
+def _mismatch(read: Tensors, grad_N: Tensor, written: Tensors) -> str | None:
+    """What is wrong between the planes: lengths, where to write. Args: read, written: master, out, moments, scales."""
+    master_N, out_N = read[:2]
+    numel = 0 if master_N is None else master_N.numel()
+    if grad_N.numel() != numel or (out_N is not None and out_N.numel() != numel):
         return f"expected {numel} elements in every plane, as in the master, got {grad_N.numel()} in grad, or others"
-    if target.master is master_N and target.moments is moments:
-        return None
-    read, written = (master_N, out_N, *moments), (target.master, target.out, *target.moments)
-    if len(read) != len(written) or any(map(_unlike, read, written)):
+    if len(read) != len(written) or any(b is not a and _unlike(a, b) for a, b in zip(read, written, strict=True)):
         return "into: expected tensors of the same dtypes and lengths as those that are read, got others"
     return None
 

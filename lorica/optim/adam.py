@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lorica.kernels.hyper import adam_hyper
 from lorica.optim import fused
-from lorica.optim.base import require_betas, require_range
+from lorica.optim.base import Segment, require_betas, require_range
+from lorica.optim.compact import mark_padding
 from lorica.optim.element import ElementOptimizer
 from lorica.optim.tiles import Tile
 
@@ -85,6 +86,15 @@ class Adam(ElementOptimizer):
             "eps": require_range(name, "eps", eps, 0.0, float("inf")),
             "weight_decay": require_range(name, "weight_decay", weight_decay, 0.0, float("inf")),
         }
+
+    @property
+    def takes_compact(self) -> bool:
+        """It does, by `optim/compact.py`."""
+        return True
+
+    def init_state(self, segment: Segment) -> None:
+        """Moments start at zero; padding is marked where a format asks for it."""
+        mark_padding(segment, self.moments)
 
     def update_tile(self, tile: Tile, *, step: int) -> None:
         """One update of a tile, by the fused kernel where the device has one."""

@@ -32,12 +32,16 @@ class Segment:
 
     Attributes:
         master: [n] fp32 (fp64 for fp64 parameters), updated in place; or int16: the remainders of a split master, whose
-            upper halves are `out` (see [Note: split master]; only for optimizers with `takes_split`).
+            upper halves are `out` (see [Note: split master]; only for optimizers with `takes_split`); or bf16: the
+            parameter itself, which has no master (only for optimizers with `takes_compact`).
         grad: [n] any float dtype, the raw gradient (summed, still loss-scaled); never written.
         out: [n] compute dtype, receives the rounded master; None if the master is the parameter itself.
-        state: one [n] view in master dtype for each name in `FlatOptimizer.moments`.
+        state: one [n] view in master dtype for each name in `FlatOptimizer.moments`; in a compact format the planes of
+            `plan.UnitPlan.moment_planes`, some of which have an element for every 128.
         group: the live hyper-parameters, read at every step.
         slices: the parameters in this range, in plane order; what no slice covers is padding.
+        start, salt: the number of the first element in the whole plane, and 32 bits that are the plane's own: what
+            stochastic rounding depends on.
     """
 
     master: Tensor
@@ -46,6 +50,8 @@ class Segment:
     state: dict[str, Tensor]
     group: dict[str, Any]
     slices: tuple[Slice, ...] = field(default=())
+    start: int = 0
+    salt: int = 0
 
 
 class Waitable(Protocol):
@@ -107,6 +113,11 @@ class FlatOptimizer(Protocol):
     @property
     def takes_split(self) -> bool:
         """Whether segments may have a split master."""
+        ...
+
+    @property
+    def takes_compact(self) -> bool:
+        """Whether moments may be stored in few bytes and bf16 parameters do without a master: precision/compact.py."""
         ...
 
     @property
@@ -184,6 +195,11 @@ class FlatOptimizerBase:
     def takes_split(self) -> bool:
         """Only what updates element by element can take the master apart and put it together again as it goes."""
         return self.granularity == "element"
+
+    @property
+    def takes_compact(self) -> bool:
+        """Not unless an optimizer says so."""
+        return False
 
     @property
     def runs_in_chunks(self) -> bool:

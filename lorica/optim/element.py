@@ -16,7 +16,9 @@ from torch import Tensor
 
 from lorica.kernels import native, runtime
 from lorica.log import logger
+from lorica.optim import compact
 from lorica.optim.base import FlatOptimizerBase, Granularity, PlaneCollectives, PlaneLayout, Segment
+from lorica.optim.compact import is_compact
 from lorica.optim.scalars import DeviceScalars
 from lorica.optim.tiles import Tile, run_in_tiles
 
@@ -59,12 +61,16 @@ class ElementOptimizer(FlatOptimizerBase):
     def _update_here(self, segment: Segment, coef: Tensor | float, step: int) -> None:
         if self.runs_native(segment):
             self.update_native(segment, coef=float(coef), step=step)
+        elif is_compact(segment):
+            hyper = self.hyper(segment.group, step)
+            compact.update_by_formula(segment, self._compact(segment), coef=coef, step=step, hyper=hyper)
         else:
             run_in_tiles(segment, coef, partial(self.update_tile, step=step), tile_numel=self.tile_numel)
 
     def runs_native(self, segment: Segment) -> bool:
         """Whether `update` of such a segment is one call of the native library; warns once if that is missing."""
-        if self.kernel is None or not native.fits(segment.master, segment.grad, segment.out):
+        fits = native.fits_compact if is_compact(segment) else native.fits
+        if self.kernel is None or not fits(segment.master, segment.grad, segment.out):
             return False
         if not native.available():
             _warn_once(f"{native.why_not()}. Until then CPU updates take torch's kernels, in several passes.")
@@ -82,16 +88,39 @@ class ElementOptimizer(FlatOptimizerBase):
         """Update a segment for which `runs_native`; returns whether an element of its gradient was inf or nan.
 
         Args:
-            pool, into: as in `kernels.native.adam`; `into.moments` in the order of `moments`.
+            pool, into: as in `kernels.native.adam`; see `destination`.
         """
+        if is_compact(segment):
+            hyper = self.hyper(segment.group, step)
+            stored = self._compact(segment)
+            return compact.update_native(segment, stored, coef=coef, step=step, hyper=hyper, pool=pool, into=into)
         update = getattr(native, self.kernel or "")
         planes = (segment.master, segment.out, segment.grad, *self.moments_of(segment))
         return bool(update(*planes, coef=coef, hyper=self.hyper(segment.group, step), pool=pool, into=into))
+
+    def destination(self, target: Segment) -> native.Destination:
+        """The planes of `target`, for an update that is written there."""
+        if is_compact(target):
+            stored = self._compact(target)
+            return native.Destination(target.master, target.out, (stored.m, stored.v), stored.scales)
+        return native.Destination(target.master, target.out, tuple(target.state[name] for name in self.moments))
+
+    def _compact(self, segment: Segment) -> compact.Moments:
+        if not self.takes_compact:
+            raise ValueError(
+                f"{type(self).__name__}: expected moments in fp32 and a master, got {segment.master.dtype} with "
+                f"{[plane.dtype for plane in segment.state.values()]}. Fix: use AdamW or Adam."
+            )
+        return compact.moments_of(segment, self.moments)
 
     def runs_on_device(self, segment: Segment) -> bool:
         """Whether this optimizer has a one-pass kernel that takes the segment."""
         if self.kernel is None or not runtime.runs_on(segment.master.device):
             return False
+        if is_compact(segment):
+            from lorica.kernels.compact import fits as fits_compact
+
+            return fits_compact(segment.master, segment.grad, segment.out)
         from lorica.kernels.update import fits
 
         return fits(segment.master, segment.grad, segment.out)
@@ -118,6 +147,9 @@ class ElementOptimizer(FlatOptimizerBase):
         from lorica.kernels import update
 
         hyper = self.scalars.row(segment.group, step, device)
+        if is_compact(segment):
+            compact.launch(segment, self._compact(segment), coef=coef, apply=apply, hyper=hyper)
+            return
         planes = (segment.master, segment.out, segment.grad, *self.moments_of(segment))
         getattr(update, self.kernel or "")(*planes, coef=coef, apply=apply, hyper=hyper)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import ceil
 
 from lorica.place.demand import (
     Budgets,
@@ -158,7 +159,7 @@ class _Planner:
         """Device bytes of a chunk: a record, and the parameters where they may be in host memory too."""
         with_param = self.constraints.params != "device"
         items = [p.record_itemsize + (p.param_itemsize if with_param else 0) for p in self._trainable]
-        return slot_numel(self.planes, self.constraints) * max(items, default=0)
+        return ceil(slot_numel(self.planes, self.constraints) * max(items, default=0))
 
     def _min_slots(self, num_away: int) -> int:
         """Slots of the shortest ring, if a record may stream through the device."""
@@ -198,7 +199,7 @@ class _Planner:
             (p.grad_itemsize + p.param_itemsize if carries else 0) + (p.record_itemsize if to_disk else 0)
             for p in self._trainable
         ]
-        return self.constraints.host_slots * slot_numel(self.planes, self.constraints) * max(items, default=0)
+        return self.constraints.host_slots * ceil(slot_numel(self.planes, self.constraints) * max(items, default=0))
 
     @property
     def _may_use_disk(self) -> bool:
@@ -324,7 +325,7 @@ def _rates(
     alone = speeds.link / to_device if to_device else speeds.device_memory
     if constraints.executor == "device":
         return 0.0, alone
-    host_rate = min(speeds.host_update, speeds.link / to_host if to_host else speeds.host_update)
+    host_rate = min(speeds.host_beside, speeds.link / to_host if to_host else speeds.host_beside)
     left = speeds.link - host_rate * to_host
     return host_rate, left / to_device if to_device else alone
 
@@ -359,11 +360,12 @@ def traffic(placed: Sequence[PlanePlacement], constraints: Constraints) -> Traff
 def _update_seconds(placed: Sequence[PlanePlacement], constraints: Constraints, speeds: Speeds) -> float:
     """The longest of what the update takes on each resource, all of them working at the same time."""
     update = traffic(placed, replace(constraints, param_uses=0))
+    host_rate = speeds.host_beside if any(map(_streams, placed)) else speeds.host_update
     on_host = sum(p.plane.owned_numel for p in placed if p.executor == "host")
     on_device = sum(p.record_bytes + p.plane.grad_bytes for p in placed if p.executor == "device")
     return max(
         update.most / speeds.link,
-        on_host / speeds.host_update,
+        on_host / host_rate,
         2 * on_device / speeds.device_memory,
         (update.read + update.written) / speeds.disk,
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal, NamedTuple, cast
 
 from lorica.config import Config
 from lorica.config.offload import Offload
-from lorica.layout import chunk_size
+from lorica.layout import ALIGN, chunk_size
 from lorica.plan import ITEMSIZE, UnitPlan
 
 RecordTier = Literal["device", "host", "nvme"]
@@ -33,7 +34,7 @@ class PlaneDemand:
     Attributes:
         name, unit_index: for people; `unit_index` also joins rows of the table.
         numel: elements of the whole plane, padding included.
-        param_itemsize, grad_itemsize, record_itemsize: bytes per element.
+        param_itemsize, grad_itemsize, record_itemsize: bytes per element; of records in few bytes no whole number.
         param_shards, grad_shards, record_shards: ranks that share each; 1: whole on every rank.
         trainable: False: frozen, parameters only.
         param_can_leave: whether the parameters may live in host memory between their uses at stage 3 (not the root
@@ -45,7 +46,7 @@ class PlaneDemand:
     numel: int
     param_itemsize: int = 2
     grad_itemsize: int = 2
-    record_itemsize: int = 10
+    record_itemsize: float = 10
     param_shards: int = 1
     grad_shards: int = 1
     record_shards: int = 1
@@ -79,7 +80,7 @@ class PlaneDemand:
             numel,
             param_itemsize=ITEMSIZE[plan.param.dtype],
             grad_itemsize=ITEMSIZE[plan.grad.dtype],
-            record_itemsize=master + num_moments * ITEMSIZE[plan.moments.dtype],
+            record_itemsize=master + plan.moment_bytes(ALIGN, num_moments) / ALIGN,
             param_shards=num_shards if plan.param.sharded else 1,
             grad_shards=num_shards if plan.grad.sharded else 1,
             record_shards=num_shards if plan.master.sharded else 1,
@@ -110,7 +111,7 @@ class PlaneDemand:
     @property
     def record_bytes(self) -> int:
         """Bytes of the record."""
-        return self.owned_numel * self.record_itemsize
+        return ceil(self.owned_numel * self.record_itemsize)
 
     def sharded(self, ranks: int) -> PlaneDemand:
         """The same plane at stage 3 over `ranks`."""
@@ -221,7 +222,7 @@ class Constraints:
         overlap: updates run beside the computation; without, staging is no longer than a pipeline needs.
         on_cuda: whether the device is an accelerator with memory of its own.
         stage, ranks: the ZeRO stage and the ranks that share what it shards; for advice only.
-        staging_numel: elements of a chunk; None: chosen.
+        staging_numel: elements of a chunk at most; None: chosen.
         staging_bytes: bytes of the device ring; None: chosen.
         host_slots: chunks of the host ring.
         param_uses: times a step that a unit's parameters are needed (forward and backward of every micro-batch).
@@ -263,28 +264,32 @@ class Constraints:
         )
 
 
-# One H200 box: PCIe 5 with both directions busy, 16 hardware threads on 8 cores, a virtual disk with O_DIRECT. The
-# CPU's rate is the one beside both copy engines (alone it is 4.2e9): memory bandwidth is what they share.
-# Source: `benchmarks/offload.py --probe`, docs/benchmarks-offload.md.
-_HOST_UPDATE, _HOST_CORES = 2.75e9, 8
+# One H200 box: PCIe 5 with both directions busy, 16 hardware threads on 8 cores, a virtual disk with O_DIRECT.
+# Memory bandwidth (160 GB/s) is what the CPU and the copy engines share: records that stream at the link's speed take 100
+# of it, an update on the CPU takes 34 bytes a parameter. With a larger share for the CPU than this both get slower, and
+# together they were slower than the link alone. Source: docs/benchmarks-offload.md.
+_HOST_UPDATE, _HOST_BESIDE, _HOST_CORES = 3.2e9, 1.2e9, 8
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What the links and the host can do: bytes per second, `host_update` in parameters per second.
+    """What the links and the host can do: bytes per second, `host_*` in parameters per second.
 
+    `host_update` is the CPU's rate alone, `host_beside` while records stream through the device.
     `link` is one direction between host and device while the other is busy too; `disk` is reading or writing alone.
     """
 
     link: float = 50e9
     host_update: float = _HOST_UPDATE
+    host_beside: float = _HOST_BESIDE
     device_memory: float = 4.3e12
     disk: float = 2.6e9
 
     @classmethod
     def with_threads(cls, threads: int) -> Speeds:
         """The default speeds with an update on `threads` CPU threads."""
-        return cls(host_update=_HOST_UPDATE * min(threads, _HOST_CORES) / _HOST_CORES)
+        share = min(threads, _HOST_CORES) / _HOST_CORES
+        return cls(host_update=_HOST_UPDATE * share, host_beside=_HOST_BESIDE * share)
 
 
 def chunk_numel(planes: Sequence[PlaneDemand], constraints: Constraints) -> int:

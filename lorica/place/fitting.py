@@ -120,8 +120,10 @@ def _alternatives(question: Question) -> Iterator[Alternative]:
 
 
 def _other_tiers(question: Question) -> Iterator[tuple[str, Question]]:
-    """Other wishes for the tiers, none of which is the present one."""
+    """Other wishes for the tiers and the executor, none of which is the present one."""
     wishes = question.constraints
+    if wishes.executor != "host" and wishes.records != "device":  # without the ring of chunks on the device
+        yield 'lorica.offload.executor "host"', question.wishing(executor="host")
     if wishes.ratio < 1.0 and wishes.records != "device":
         yield f"{_OPTIMIZER}.ratio 1.0", question.wishing(ratio=1.0)
     free = (question if wishes.stage else question.at_stage_1()).wishing(ratio=1.0)

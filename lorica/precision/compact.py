@@ -7,7 +7,7 @@ which planes a format has. Owns no plane and no optimizer.
 less than half a step of bf16 (2^-9) or of any 8-bit code, so rounding to nearest would leave it where it is. Rounded up
 with the probability of what is left over, the stored value has the right expectation, and the moving average goes on.
 The same holds for a bf16 parameter without a master: lr x update is mostly below half a step of it.
-Source: Gupta et al. 2015 (arXiv:1502.02551), sec. 3; Zamirai et al. 2020 (arXiv:2010.06192), sec. 4.
+Source: Gupta et al. 2015 (arXiv:1502.02551); Zamirai et al. 2020 (arXiv:2010.06192), of parameters.
 
 [Note: where the dice come from] A hash of the step, the plane (`salt`) and the element's place in the whole plane, not
 a generator with a state: the same bits whatever the chunk, the processor, the tier and the number of ranks. 32 bits per
@@ -15,19 +15,19 @@ element: the low half for the first moment, the high half for the second; anothe
     x = i;  x ^= x >> 16;  x *= A;  x ^= key;  x ^= x >> 15;  x *= B;  x ^= x >> 16
 Source: Salmon et al. 2011 (SC11), counter-based generators; A, B and the shifts: Wellons 2018, "lowbias32".
 
-[Note: the 8-bit code] In a block of 128 elements x is stored as a whole number q, 0 .. L, that stands for q^2 scale: L is
-127 with a sign (first moment), 255 without (root of the second moment), scale = max |x| / L^2. Steps are 1.6 % (0.8 %) of the
-largest value, 16 % of one a hundredth as large; the smallest one but 0 is 1/16129 (1/65025) of the largest. A linear
-code would have nothing below 1/127. For the second moment this is on top of the root, so its values span 32 binary
-orders; what is not 0 is never stored as 0, because the update divides by it. Blocks follow the alignment of a plane,
-so none spans two parameters, shards or chunks.
-Source: Dettmers et al. 2021 (arXiv:2110.02861), blocks and a non-linear code; Li et al. 2023 (arXiv:2309.01507), sec. 4.1,
-why a second moment must not become 0.
+[Note: the 8-bit code] In a block of 128 elements x is stored as a whole number q, 0 .. L, that stands for q^2 scale:
+L is 127 with a sign (first moment), 255 without (root of the second moment), scale = max |x| / L^2. Steps are 1.6 %
+(0.8 %) of the largest value, and 16 % (8 %) of one a hundredth as large; the smallest one but 0 is 1/16129 (1/65025) of
+the largest, where a linear code has 1/127. The root halves the range that a second moment needs, and what is not 0 is
+never stored as 0, because the update divides by it. Blocks follow the alignment of a plane, so none spans two
+parameters, shards or chunks.
+Source: Dettmers et al. 2021 (arXiv:2110.02861), blocks and a non-linear code; Li et al. 2023 (arXiv:2309.01507), why a
+second moment must not become 0.
 
-[Note: one second moment per block] `int8_block` keeps one fp32 second moment for 128 neighbours in a row of a weight:
-the moving average of the mean of their squared gradients. What is padding has the code -128, which no value has, and does
-not count. The mean is taken in fixed point (24 bits below the largest square), where the order of additions means nothing.
-Source: Zhang et al. 2024 (arXiv:2406.16793), one learning rate per block.
+[Note: one second moment per block] `int8_block` keeps one fp32 second moment for 128 neighbours in a parameter: the
+moving average of the mean of their squared gradients. What is padding has the code -128, which no value has, and does
+not count. The mean is taken in fixed point (24 bits below the largest square), where the order of additions means
+nothing. Source: Zhang et al. 2024 (arXiv:2406.16793), one learning rate per block.
 
 Shape suffixes: N elements, a multiple of 128; B = N / 128 blocks.
 """
@@ -46,7 +46,7 @@ SIGNED, UNSIGNED = 127, 255  # L
 PAD = -128
 FLOOR = 2.0**-100  # of the largest value of a block: its reciprocal and its scale are ordinary numbers
 SEED, OF_PARAMETER = 0x5EED0CA5, 0x9E3779B9
-STEPS = 1 << 24  # the step number is a whole number of fp32 on its way to the kernels: see `adam_hyper`
+STEPS = 1 << 24  # below it a step number is exact in fp32, as which it reaches the kernels (`adam_hyper`)
 
 _MASK, _A, _B = 0xFFFFFFFF, 0x7FEB352D, 0x846CA68B
 _INFINITY, _LOWEST_EXPONENT = 0x7F800000, 31
@@ -108,7 +108,7 @@ class Coded(NamedTuple):
 
 def encode_signed(x_N: Tensor, dice16_N: Tensor | None) -> Coded:
     """A first moment in 8 bits. Args: x_N: fp32. dice16_N: whole numbers below 2^16; None: to nearest."""
-    coded = _encode(x_N.abs(), SIGNED, dice16_N)
+    coded = _encode(x_N, SIGNED, dice16_N)
     return Coded(torch.where(x_N.signbit(), -coded.codes, coded.codes).to(torch.int8), coded.scale)
 
 
@@ -118,18 +118,23 @@ def encode_root(x_N: Tensor, dice16_N: Tensor | None) -> Coded:
     return Coded(torch.maximum(coded.codes, (x_N > 0).to(torch.int32)).to(torch.uint8), coded.scale)
 
 
-def _encode(size_N: Tensor, levels: int, dice16_N: Tensor | None) -> Coded:
-    size = size_N.view(-1, BLOCK)
+def _encode(x_N: Tensor, levels: int, dice16_N: Tensor | None) -> Coded:
+    size = x_N.abs().view(-1, BLOCK)  # a NaN has no sign either
     floor = torch.tensor(FLOOR).view(torch.int32).item()
     top = size.view(torch.int32).amax(1).clamp_min(floor).view(torch.float32)  # as whole numbers: a NaN is the largest
     square = torch.full_like(top, float(levels * levels))
     t = size * (square / top)[:, None]
     t = torch.where(t < square[:, None], t, square[:, None])
-    q = t.sqrt().to(torch.int32)
+    q = root(t).to(torch.int32)
     whole = q.float()
     chance = (whole + whole + 1.0) * (0.5 if dice16_N is None else _uniform(dice16_N).view(-1, BLOCK))
     q += (t - whole * whole > chance).to(torch.int32)
     return Coded(q.view(-1), top * torch.full_like(top, 1.0 / (levels * levels)))
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root of fp32, correctly rounded, as kernels have it; torch's own may be a bit off (MKL's is)."""
+    return x.double().sqrt().float()
 
 
 def _uniform(dice16_N: Tensor) -> Tensor:
@@ -153,7 +158,7 @@ def _times(squares_N: Tensor, scale_B: Tensor) -> Tensor:
     return (squares_N.view(-1, BLOCK) * scale_B[:, None]).view(-1)
 
 
-# -- one second moment per block -----------------------------------------------------------------------------------------
+# -- one second moment per block ---------------------------------------------------------------------------------------
 
 
 def mean_square(x_N: Tensor, inside_N: Tensor) -> Tensor:
@@ -162,7 +167,7 @@ def mean_square(x_N: Tensor, inside_N: Tensor) -> Tensor:
     Exact but for 24 bits below the largest square: see [Note: one second moment per block].
     """
     squares = torch.where(inside_N, x_N * x_N, 0.0).view(-1, BLOCK)
-    top = squares.view(torch.int32).amax(1)
+    top = squares.abs().view(torch.int32).amax(1)
     exponent = (top >> 23).clamp_min(_LOWEST_EXPONENT)
     finite = top < _INFINITY
     up = _power_of_two(torch.where(finite, 277 - exponent, 1))
@@ -187,26 +192,32 @@ def decode(codes: Tensor, scale: Tensor | None, numel: int) -> Tensor:
         scale: of 8-bit codes.
     """
     if scale is not None:
-        root = codes.dtype is torch.uint8
-        return decode_root(codes, scale).square() if root else decode_signed(codes, scale)
+        is_root = codes.dtype is torch.uint8
+        return decode_root(codes, scale).square() if is_root else decode_signed(codes, scale)
     values = codes.float()
     return values.repeat_interleave(BLOCK)[:numel] if values.numel() < numel else values
 
 
-def encode(values_N: Tensor, dtype: torch.dtype, num_blocks: int | None, inside_N: Tensor) -> Coded:
+class Stored(NamedTuple):
+    """What is stored of a moment: codes or values, and the scales of 8-bit codes."""
+
+    codes: Tensor
+    scale: Tensor | None
+
+
+def encode(values_N: Tensor, dtype: torch.dtype, inside_N: Tensor, *, per_block: bool) -> Stored:
     """What is stored of a moment, to nearest.
 
     Args:
-        values_N: fp32, whole blocks. dtype: of the stored plane. num_blocks: of a plane with one value per block, else None.
-        inside_N: what is not padding, for the mean of a block.
+        values_N: fp32, whole blocks. dtype: of the stored plane. per_block: it has one value for each block, the mean.
+        inside_N: what is not padding, for that mean.
     """
-    none = values_N.new_empty(0)
-    if num_blocks is not None:
+    if per_block:
         inside = inside_N.view(-1, BLOCK)
         total = torch.where(inside, values_N.view(-1, BLOCK), 0.0).double().sum(1)
-        return Coded((total / inside.sum(1).clamp_min(1)).float(), none)
+        return Stored((total / inside.sum(1).clamp_min(1)).float(), None)
     if dtype is torch.int8:
-        return encode_signed(values_N, None)
+        return Stored(*encode_signed(values_N, None))
     if dtype is torch.uint8:
-        return encode_root(values_N.sqrt(), None)
-    return Coded(values_N.to(dtype), none)
+        return Stored(*encode_root(root(values_N), None))
+    return Stored(values_N.to(dtype), None)

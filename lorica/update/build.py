@@ -16,7 +16,7 @@ from lorica.kernels import native
 from lorica.layout import chunk_size
 from lorica.optim.base import FlatOptimizer
 from lorica.update.on_host import OnHost
-from lorica.update.pieces import Record, chunks_of, record_of, segments
+from lorica.update.pieces import Record, chunks_of, master_travels, record_of, segments
 from lorica.update.resident import Resident
 from lorica.update.schedule import Executor, Update
 from lorica.update.streamed import Streamed
@@ -86,7 +86,7 @@ def make_update(
         else:
             share = pipelines.staging_bytes * _owned(alike) // streamed_numel
             widest = max(chunk_size(plane.flat.owned.numel(), chunk) for plane in alike)
-            slots = max(1, share // (widest * bytes_per_element(alike[0])))
+            slots = max(1, int(share // (widest * bytes_per_element(alike[0]))))
             executors.append(Streamed(optimizer, alike, groups, site, streams, chunk_numel=chunk, num_slots=slots))
     return Update(optimizer, executors, groups, site)
 
@@ -112,13 +112,14 @@ def _init_moments(optimizer: FlatOptimizer, plane: GradPlane, groups: Sequence[d
             optimizer.init_state(segment)
         return
     for chunk in chunks_of([plane], 1 << 22):
-        state = {name: torch.zeros(chunk.numel, dtype=each.dtype) for name, each in record.state.items()}
+        ranges = {name: record.range_of(each, chunk.low, chunk.high) for name, each in record.state.items()}
+        state = {name: torch.zeros(b - a, dtype=record.state[name].dtype) for name, (a, b) in ranges.items()}
         here = Record(torch.empty(chunk.numel), None, state)
         for segment in segments(flat, here, no_grad, groups, chunk.low, chunk.high):
             optimizer.init_state(segment)
         for name, values in state.items():
             if values.any():  # a fresh file reads as zeros
-                record.state[name].store(chunk.low, values)
+                record.state[name].store(ranges[name][0], values)
 
 
 def _kind(plane: GradPlane) -> Any:
@@ -136,10 +137,10 @@ def _owned(planes: Sequence[GradPlane]) -> int:
     return sum(plane.flat.owned.numel() for plane in planes)
 
 
-def bytes_per_element(plane: GradPlane) -> int:
+def bytes_per_element(plane: GradPlane) -> float:
     """Bytes of a record that travel for each element."""
     record = record_of(plane.flat)
-    stored = [record.master, *record.state.values()]
+    stored = [*([record.master] if master_travels(plane.flat) else []), *record.state.values()]
     if record.out is not None and record.out.device != plane.flat.site.device:
         stored.append(record.out)
-    return sum(each.dtype.itemsize for each in stored)
+    return float(sum(each.dtype.itemsize * each.numel() for each in stored)) / int(record.master.numel())

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lorica.core.flat import Flat, dtype_of
 from lorica.core.gradient import GradPlane
-from lorica.kernels import native
 from lorica.optim.base import FlatOptimizer
 from lorica.optim.element import ElementOptimizer
 from lorica.update.pieces import Record, record_of, segments
@@ -113,7 +112,7 @@ def update_beside(
     for source, target in zip(segments(flat, old, grad, assumed.groups, low, high), there, strict=True):
         if not copied and isinstance(optimizer, ElementOptimizer) and optimizer.runs_native(source):
             assert source.out is not None
-            into = native.Destination(target.master, target.out, tuple(target.state[n] for n in optimizer.moments))
+            into = optimizer.destination(target)
             optimizer.update_native(source, coef=assumed.coef, step=assumed.step, into=into)
             continue
         target.master.copy_(source.master)

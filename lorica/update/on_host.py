@@ -10,11 +10,11 @@ verdict by itself, so that nobody else waits for it. Owns the thread and the rin
 
 from __future__ import annotations
 
-import queue
+import copy
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from lorica.core.flat import Flat, Site, Stored
 from lorica.core.gradient import GradPlane
 from lorica.core.streams import CudaStreams, Streams
 from lorica.kernels import native
+from lorica.log import logger
 from lorica.optim.base import FlatOptimizer
 from lorica.update.guess import Assumed, Guesses, can_guess, update_beside
 from lorica.update.pieces import Record, Waitable, Work, chunks_of, is_on_host, own_gradient, record_of, update_record
@@ -50,10 +51,11 @@ class Buffers:
     def __init__(self, example: GradPlane, numel: int, alloc: Callable[[int, torch.dtype], Tensor]) -> None:
         """Allocate for `numel` elements of planes like `example`."""
 
-        def room(like: Stored | None) -> Tensor | None:
-            return None if like is None or is_on_host(like) else alloc(numel, like.dtype)
-
         record = record_of(example.flat)
+
+        def room(like: Stored | None) -> Tensor | None:
+            return None if like is None or is_on_host(like) else alloc(record.range_of(like, 0, numel)[1], like.dtype)
+
         self.grad = alloc(numel, example.dtype) if example.flat.site.device.type != "cpu" else None
         self.master, self.out = room(record.master), room(record.out)
         self.state = {name: room(plane) for name, plane in record.state.items()}
@@ -73,29 +75,6 @@ class Fetched(NamedTuple):
     grad: Tensor
     arriving: list[Waitable]
     buffers: Buffers
-
-
-class _Count:
-    """How much of what was given to a thread is still to be done."""
-
-    def __init__(self) -> None:
-        self._left, self._changed = 0, threading.Condition()
-
-    def add(self) -> None:
-        """One more."""
-        with self._changed:
-            self._left += 1
-
-    def done(self) -> None:
-        """One less."""
-        with self._changed:
-            self._left -= 1
-            self._changed.notify_all()
-
-    def wait(self) -> None:
-        """Until nothing is left."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._left == 0)
 
 
 class _Done:
@@ -174,18 +153,17 @@ class OnHost:
         self._expected_step = 0
         self._done: dict[Flat, _Done] = {}
         self.problem: BaseException | None = None  # what went wrong in the thread; nothing is updated any more
-        self._given = _Count()
-        self._jobs: queue.SimpleQueue[_Job | _Guess | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(
-            target=_serve, args=(weakref.ref(self), self._jobs), name="lorica-update", daemon=True
-        )
-        self._thread.start()
+        self._last: Future[None] | None = None  # the last job that was given to the thread, which takes them in order
+        # It ends with this object, or at the interpreter's exit, then behind what it was given: a daemon would be cut
+        # off in the middle of a kernel, whose threads are gone by then.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorica-update")
 
     # -- the side of the engine ----------------------------------------------------------------------------------------
 
     def start(self, work: Work) -> None:
         """Hand the updates of all planes over; returns at once."""
-        self._raise_problem()
+        if self.raises:
+            self._raise_problem()
         self._expected_step = work.step + 1
         done = {plane.flat: _Done() for plane in self.planes}
         self._done = dict(done)
@@ -212,12 +190,11 @@ class OnHost:
         return self._guesses.any
 
     def _hypers(self) -> list[dict[str, Any]]:
-        """The param groups as they are now."""
-        return [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
+        """The param groups as they are now, whatever is written into them later."""
+        return [copy.deepcopy({k: value for k, value in group.items() if k != "params"}) for group in self._groups]
 
     def _give(self, job: _Job | _Guess) -> None:
-        self._given.add()
-        self._jobs.put(job)
+        self._last = self._thread.submit(self._perform, job)
 
     def _number(self, value: Tensor | float) -> Callable[[], float]:
         """A number that may still be on its way from the device."""
@@ -249,15 +226,17 @@ class OnHost:
 
     def open(self, plane: GradPlane, *, write: bool) -> None:
         """Wait until all records are at home; what was guessed of one that will be written is void."""
-        self._given.wait()
+        if self._last is not None:
+            self._last.result()
         self._raise_problem()
         if write:
             self._guesses.drop()
 
     def close(self) -> None:
-        """End the thread, after what it was given, and free the ring."""
-        self._jobs.put(None)
-        self._thread.join()
+        """End the thread, after what it was given, and free the ring; says what went wrong, for nobody else will."""
+        self._thread.shutdown(wait=True)
+        if self.problem is not None:
+            logger.error("The last updates of optimizer states were not made: %s", self.problem)
         self._ring.clear()
 
     def _raise_problem(self) -> None:
@@ -266,7 +245,7 @@ class OnHost:
 
     # -- the side of the thread ----------------------------------------------------------------------------------------
 
-    def perform(self, job: _Job | _Guess) -> None:
+    def _perform(self, job: _Job | _Guess) -> None:
         """All chunks of one step, or of one guess."""
         try:
             if self.problem is None:
@@ -277,7 +256,6 @@ class OnHost:
         if isinstance(job, _Job):
             for each in job.done.values():
                 each.flag.set()
-        self._given.done()
 
     def _run(self, job: _Job) -> None:
         if not job.apply():
@@ -363,7 +341,8 @@ class OnHost:
         with self._streams.stream(FETCH):
             self._streams.wait(launched)
 
-            def bring(plane: Stored, buffer: Tensor | None, low: int = chunk.low, high: int = chunk.high) -> Tensor:
+            def bring(plane: Stored, buffer: Tensor | None) -> Tensor:
+                low, high = there.range_of(plane, chunk.low, chunk.high)
                 if buffer is None:
                     part: Tensor = plane[low:high]
                     return part
@@ -391,20 +370,11 @@ class OnHost:
             for source, target in pairs:
                 if target is None or is_on_host(target):
                     continue
+                low, high = there.range_of(target, chunk.low, chunk.high)
                 if isinstance(target, Tensor):
-                    target[chunk.low : chunk.high].copy_(source, non_blocking=True)
+                    target[low:high].copy_(source, non_blocking=True)
                 else:
-                    buffers.sending.append(target.write(chunk.low, source))
+                    buffers.sending.append(target.write(low, source))
             sent = self._streams.record()
         buffers.sending.append(_After(self._streams, sent))
         return sent
-
-
-def _serve(executor: weakref.ref[OnHost], jobs: queue.SimpleQueue[_Job | _Guess | None]) -> None:
-    """The thread: it holds the executor only while there is something to do."""
-    while (job := jobs.get()) is not None:
-        served = executor()
-        if served is None:
-            return
-        served.perform(job)
-        del served, job

@@ -43,7 +43,7 @@ class Record(NamedTuple):
     Attributes:
         master: [n], see `Segment.master`.
         out: [n] the parameters; None if the master is the parameter.
-        state: the moments by name, [n] each.
+        state: what is stored of the moments by name, [n] each, or [n / 128]: see `UnitPlan.moment_planes`.
     A record as it is stored may have files in place of tensors.
     """
 
@@ -54,7 +54,13 @@ class Record(NamedTuple):
     def part(self, low: int, high: int) -> Record:
         """The elements [low, high)."""
         out = None if self.out is None else self.out[low:high]
-        return Record(self.master[low:high], out, {name: plane[low:high] for name, plane in self.state.items()})
+        state = {name: plane[slice(*self.range_of(plane, low, high))] for name, plane in self.state.items()}
+        return Record(self.master[low:high], out, state)
+
+    def range_of(self, plane: Stored, low: int, high: int) -> tuple[int, int]:
+        """The elements of a stored plane that belong to the elements [low, high) of the record."""
+        ratio = max(1, self.master.numel() // max(1, plane.numel()))
+        return low // ratio, high // ratio
 
 
 class Chunk(NamedTuple):
@@ -100,7 +106,9 @@ def segments(
         a, b = part.start - base, part.stop - base
         here = record.part(a, b)
         slices = _slices(flat, part.start, part.stop)
-        found.append(Segment(here.master, grad[a:b], here.out, here.state, groups[part.group], slices))
+        found.append(
+            Segment(here.master, grad[a:b], here.out, here.state, groups[part.group], slices, part.start, flat.salt)
+        )
     return found
 
 
@@ -142,6 +150,11 @@ def own_gradient(plane: GradPlane) -> Tensor:
             "before engine.step()."
         )
     return plane.reduced
+
+
+def master_travels(flat: Flat) -> bool:
+    """Whether an update on the device has to bring the master there."""
+    return flat.plan.master.tier != "device"
 
 
 def is_on_host(plane: Stored) -> bool:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-import torch
-
 from lorica.core.flat import Site
 from lorica.core.gradient import GradPlane
 from lorica.optim.base import FlatOptimizer
+from lorica.update.agreement import raise_together
 from lorica.update.on_host import OnHost
 from lorica.update.pieces import Work
+from lorica.update.streamed import Streamed
 
 
 class Executor(Protocol):
@@ -39,6 +39,10 @@ class Executor(Protocol):
 
     def finish(self, plane: GradPlane) -> None:
         """Make the plane's parameters usable on the current stream."""
+        ...
+
+    def is_done(self, plane: GradPlane) -> bool:
+        """Whether `finish` would return at once."""
         ...
 
     def open(self, plane: GradPlane, *, write: bool) -> None:
@@ -79,8 +83,12 @@ class Update:
                     plane.on_complete = partial(self._guess, executor)
 
     def __call__(self, work: Work) -> None:
-        """Update every plane from its reduced gradient; `work.apply` only if `runs_on_device`. Collective."""
-        self.settle()
+        """Update every plane from its reduced gradient; `work.apply` only if `runs_on_device`. Collective.
+
+        Raises:
+            what went wrong in the last update; on ranks where nothing did: RuntimeError.
+        """
+        self._finish()
         self._agree()
         self._site.shard.fence()
         self._optimizer.prepare(self._groups, work.step, self._site.device)
@@ -90,7 +98,7 @@ class Update:
             self._optimizer.note_launched(work.apply)
         late = [(executor, plane) for executor in self._executors for plane in executor.planes]
         for executor, plane in late:
-            plane.flat.defer(partial(executor.finish, plane))
+            plane.flat.defer(partial(executor.finish, plane), partial(executor.is_done, plane))
         for _, plane in late:
             if plane.flat.plan.update == "sync":
                 plane.flat.settle()
@@ -98,6 +106,8 @@ class Update:
         for _, plane in late:
             if plane.flat.plan.update == "sync":
                 plane.flat.wait()
+        if any(plane.flat.publishes for plane in self.planes):
+            self._site.shard.fence()  # peers have read this rank's part: whoever writes parameters now disturbs nobody
 
     def _guess(self, executor: OnHost, plane: GradPlane) -> None:
         """The plane's gradient is complete."""
@@ -105,26 +115,31 @@ class Update:
             executor.guess(plane, *expected)
 
     def settle(self) -> None:
-        """Finish every plane."""
+        """Finish every plane, for somebody who looks at the parameters.
+
+        Raises:
+            what went wrong on this rank: what was not updated must not be taken for what was.
+        """
+        self._finish()
+        if (problem := self._problem()) is not None:
+            raise problem
+
+    def _finish(self) -> None:
         for plane in self.planes:
             plane.flat.settle()
 
+    def _problem(self) -> BaseException | None:
+        return next((e.problem for e in self._on_host if e.problem is not None), None)
+
     def _agree(self) -> None:
-        """Raise on all ranks if an update failed on one: nobody is left waiting in a collective."""
-        if not self.learns_late or self._site.num_replicas == 1:
-            return
-        problem = next((e.problem for e in self._on_host if e.problem is not None), None)
-        failed = torch.tensor([float(problem is not None)], device=self._site.device)
-        for comm in (self._site.shard, self._site.replicate):
-            if comm is not None:
-                comm.all_reduce(failed).wait()
-        if problem is not None:
-            raise problem
-        if failed.item():
-            raise RuntimeError(
-                "engine.step: the update of optimizer states failed on another rank, which says why. Fix: mend it "
-                "there; no rank has gone on."
-            )
+        """See `raise_together`."""
+        if self.learns_late:
+            raise_together(self._problem(), self._site, "engine.step: the update of optimizer states")
+
+    @property
+    def ring_bytes(self) -> int:
+        """Device memory through which records stream."""
+        return sum(executor.ring_bytes for executor in self._executors if isinstance(executor, Streamed))
 
     def know_skipped(self, num_skipped: int) -> None:
         """The caller has learnt that the device skipped steps, and counts without them from now on."""

@@ -15,6 +15,7 @@ in it were brought up during backward, unchanged. Source: measured in docs/bench
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,11 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorica.core.flat import Flat, Site
+from lorica.core.flat import Flat, Site, Stored
 from lorica.core.gradient import GradPlane
 from lorica.core.streams import Streams
 from lorica.optim.base import FlatOptimizer
-from lorica.update.pieces import Chunk, Record, Work, chunks_of, own_gradient, record_of, update_record
+from lorica.update.pieces import Chunk, Record, Work, chunks_of, master_travels, own_gradient, record_of, update_record
 
 UP, UPDATE, DOWN = "records up", "update", "records down"
 
@@ -34,21 +35,35 @@ UP, UPDATE, DOWN = "records up", "update", "records down"
 class Slot:
     """Device memory for one chunk of a record of a given kind, and the event behind which it is free."""
 
-    def __init__(self, kind: Record, numel: int, device: torch.device) -> None:
-        """Allocate for `numel` elements like those of `kind`."""
+    def __init__(self, kind: Record, numel: int, device: torch.device, *, master_travels: bool) -> None:
+        """Allocate for `numel` elements like those of `kind`. Args: master_travels: False: it is on the device."""
 
         def room(like: Tensor) -> Tensor:
-            return torch.empty(numel, dtype=like.dtype, device=device)
+            return torch.empty(kind.range_of(like, 0, numel)[1], dtype=like.dtype, device=device)
 
-        out = None if kind.out is None or kind.out.device == device else room(kind.out)
-        self._record = Record(room(kind.master), out, {name: room(plane) for name, plane in kind.state.items()})
+        self._master = room(kind.master) if master_travels else None
+        self._out = None if kind.out is None or kind.out.device == device else room(kind.out)
+        self._state = {name: room(plane) for name, plane in kind.state.items()}
         self.free: Any = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the slot."""
+        rooms = [room for room in (self._master, self._out, *self._state.values()) if room is not None]
+        return sum(room.numel() * room.element_size() for room in rooms)
+
     def record(self, chunk: Chunk) -> Record:
-        """The part of the slot that the chunk takes; parameters that are on the device are used where they are."""
-        part = self._record.part(0, chunk.numel)
-        owned = record_of(chunk.plane.flat).out
-        return part if part.out is not None or owned is None else part._replace(out=owned[chunk.low : chunk.high])
+        """The part of the slot that the chunk takes; what is on the device is used where it is."""
+        there = record_of(chunk.plane.flat)
+
+        def here(stored: Stored, room: Tensor | None) -> Tensor:
+            low, high = there.range_of(stored, chunk.low, chunk.high)
+            part: Tensor = stored[low:high] if room is None else room[: high - low]
+            return part
+
+        state = {name: here(plane, self._state[name]) for name, plane in there.state.items()}
+        out = None if there.out is None else here(there.out, self._out)
+        return Record(here(there.master, self._master), out, state)
 
 
 class _Staged(NamedTuple):
@@ -90,7 +105,15 @@ class Streamed:
         home_of_params = kind.master if kind.out is None else kind.out
         self._params_travel = home_of_params.device != site.device
         size = max(chunk.numel for chunk in self._chunks)
-        self._free = deque(Slot(kind, size, site.device) for _ in range(min(num_slots, len(self._chunks))))
+        travels = master_travels(self.planes[0].flat)
+        num_slots = min(num_slots, len(self._chunks))
+        self._free = deque(Slot(kind, size, site.device, master_travels=travels) for _ in range(num_slots))
+        self.ring_bytes = sum(slot.num_bytes for slot in self._free)
+        ready = streams.record()
+        for slot in self._free:
+            slot.free = ready  # its memory may be what the current stream has just given back
+        self._under_way: dict[str, Any] = {}  # the last event of each side stream
+        weakref.finalize(self, _wait_for, streams, self._under_way).atexit = False  # copies outlive no memory of theirs
         self._staged: deque[_Staged] = deque()
         self._next = 0  # the chunk that comes up next
         self._come_near()
@@ -120,7 +143,8 @@ class Streamed:
                 for event in {id(e): e for e in (slot.free, self._written[self._next])}.values():
                     self._streams.wait(event)
                 copy_record(home(chunk), slot.record(chunk))
-                self._staged.append(_Staged(chunk, slot, self._streams.record()))
+                self._under_way[UP] = self._streams.record()
+                self._staged.append(_Staged(chunk, slot, self._under_way[UP]))
             self._next += 1
 
     def _update(self, staged: _Staged, work: Work) -> Any:
@@ -140,13 +164,17 @@ class Streamed:
         with self._streams.stream(DOWN):
             self._streams.wait(updated)
             copy_record(staged.slot.record(staged.chunk), home(staged.chunk))
-            self._written[index] = staged.slot.free = self._streams.record()
+            self._written[index] = staged.slot.free = self._under_way[DOWN] = self._streams.record()
         self._free.append(staged.slot)
 
     def finish(self, plane: GradPlane) -> None:
         """Let the current stream wait for the plane's update, so that its parameters may be used."""
         self._streams.wait(self._updated.pop(plane.flat, None))
         self._held.pop(plane.flat, None)  # freed on the stream that made it, behind its last use
+
+    def is_done(self, plane: GradPlane) -> bool:
+        """`finish` never holds the host up."""
+        return True
 
     def open(self, plane: GradPlane, *, write: bool) -> None:
         """Let the host wait until the plane's record is at home.
@@ -166,11 +194,16 @@ class Streamed:
 
     def close(self) -> None:
         """Wait for what is under way and free the ring."""
-        for event in [*self._written, *(staged.arrived for staged in self._staged)]:
-            self._streams.synchronize(event)
+        _wait_for(self._streams, self._under_way)
         self._staged.clear()
         self._free.clear()
         self._held.clear()
+
+
+def _wait_for(streams: Streams, under_way: dict[str, Any]) -> None:
+    """Let the host wait for the last event of every stream, and so for all before it."""
+    for event in under_way.values():
+        streams.synchronize(event)
 
 
 def home(chunk: Chunk) -> Record:
@@ -179,9 +212,10 @@ def home(chunk: Chunk) -> Record:
 
 
 def copy_record(source: Record, target: Record) -> None:
-    """Start copying one record over another; parameters that both have in the same place stay."""
-    target.master.copy_(source.master, non_blocking=True)
-    for name, plane in source.state.items():
-        target.state[name].copy_(plane, non_blocking=True)
-    if source.out is not None and target.out is not None and source.out.data_ptr() != target.out.data_ptr():
-        target.out.copy_(source.out, non_blocking=True)
+    """Start copying one record over another; what both have in the same place stays."""
+    pairs = [(source.master, target.master), *((plane, target.state[name]) for name, plane in source.state.items())]
+    if source.out is not None and target.out is not None:
+        pairs.append((source.out, target.out))
+    for old, new in pairs:
+        if old.data_ptr() != new.data_ptr():
+            new.copy_(old, non_blocking=True)

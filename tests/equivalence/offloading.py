@@ -1,7 +1,7 @@
 """Placements drawn by lot, made real in an engine, and the fingerprint of a training that must not depend on them.
 
-`Plan` is one such draw: the tier and the executor of every record, sizes of chunks and rings, threads, and random delays
-in every worker. `training_of` trains a `Case` under a plan, or with everything on the device, and says what came out.
+`Plan` is one such draw: the tier and the executor of every record, sizes of chunks and rings, threads, and pauses at
+random in every worker. `training_of` trains a `Case` under a plan, or with everything on the device.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import lorica.offload
 from lorica.core.streams import HostStreams
 from lorica.place import Placements, PlanePlacement
 from lorica.tier.file_io import SystemFileIO
+from lorica.update.guess import Guesses
 from tests.equivalence.training import Training, digest
 from tests.models import RECIPES
 
@@ -151,21 +152,23 @@ def result_of(engine: Any, case: Case) -> Result:
 
 def training_of(case: Case, plan: Plan | None, folder: str) -> tuple[Result, Used]:
     """The result of a training, and what the placement used."""
-    with delays(plan.seed) if plan is not None and plan.delays else nullcontext():
+    with counting_guesses() as guesses, delays(plan.seed) if plan is not None and plan.delays else nullcontext():
         engine = start_engine(case, plan, folder)
         used = Used.by(engine)
-        return result_of(engine, case), used
+        result = result_of(engine, case)
+    return result, used._replace(guesses=tuple(guesses))
 
 
 # Where it lives -------------------------------------------------------------------------------------------------------
 
 
 class Used(NamedTuple):
-    """What an engine's placement consists of."""
+    """What an engine's placement consists of, and which of the guesses were right."""
 
     records: frozenset[str]
     params: frozenset[str]
     executors: frozenset[str]
+    guesses: tuple[bool, ...] = ()
 
     @classmethod
     def by(cls, engine: Any) -> Used:
@@ -323,8 +326,34 @@ def delays(seed: int) -> Iterator[None]:
     seed = seed * 64 + dist.get_rank()
     pause, seldom = Pauses(seed), Pauses(seed, share=0.1)
     streams = mock.patch("lorica.construct.HostStreams", lambda: SlowStreams(seldom))
-    with before_each_chunk(pause), streams, io(SlowIO(seldom)):
+    with before_each_chunk(pause), streams, io(SlowIO(seldom)), mock.patch.object(Guesses, "take", slow(Guesses.take)):
         yield
+
+
+def slow(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, so late that whoever does not wait for it is faster."""
+
+    def later(*arguments: Any) -> Any:
+        time.sleep(0.003)
+        return call(*arguments)
+
+    return later
+
+
+@contextmanager
+def counting_guesses() -> Iterator[list[bool]]:
+    """Note of every guess that was made whether it was right."""
+    real, taken = Guesses.take, list[bool]()
+
+    def take(self: Guesses, flat: Any, actual: Any) -> Any:
+        made = flat in self._made
+        found = real(self, flat, actual)
+        if made:
+            taken.append(found is not None)
+        return found
+
+    with mock.patch.object(Guesses, "take", take):
+        yield taken
 
 
 @contextmanager

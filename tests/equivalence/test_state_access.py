@@ -20,6 +20,7 @@ from torch import Tensor
 
 import lorica
 from lorica import zero
+from lorica.core.parameter import record_of
 from tests.equivalence.training import Report, Training, expected, finish, masters, outcome, record_step, start
 from tests.harness import Ranks
 from tests.models import MLP, RECIPES
@@ -175,6 +176,34 @@ def test_a_model_built_sharded_trains_as_the_oracle(ranks: Callable[[int], Ranks
     training = replace(PLAIN, recipe=recipe, stage=3)
     run, reference = outcome(ranks(2).run(train_model_built_sharded, training=training)), expected(training)
     assert run.losses == pytest.approx(reference.losses, rel=1e-6)
+
+
+def place_shards(device: str, remote_device: str | None) -> set[str]:
+    """The tiers of the shards of a model built under `zero.Init`, which an engine then takes over."""
+    config = Training(stage=3).config()
+    config["zero_optimization"]["offload_param"] = {"device": device}
+    with zero.Init(config_dict_or_path=config, remote_device=remote_device):
+        model = MLP()
+    tiers = {record.flat.plan.param.tier for param in model.parameters() if (record := record_of(param)) is not None}
+    engine, *_ = lorica.initialize(model=model, config=config)
+    engine.destroy()
+    return tiers
+
+
+@pytest.mark.parametrize(
+    ("device", "remote_device", "tier"),
+    [
+        ("none", None, "device"),
+        ("none", "none", "device"),
+        ("none", "cpu", "host"),
+        ("cpu", None, "host"),
+        ("auto", None, "host"),
+    ],
+)
+def test_a_model_built_sharded_is_in_host_memory_if_its_parameters_may_go_there(
+    ranks: Callable[[int], Ranks], device: str, remote_device: str | None, tier: str
+) -> None:
+    assert ranks(2).run(place_shards, device=device, remote_device=remote_device) == [{tier}, {tier}]
 
 
 def build_large_model_sharded(num_layers: int) -> tuple[int, int]:

@@ -44,7 +44,7 @@ from tests.models import RECIPES, Recipe, vectors
 
 Mode = Literal["no_sync", "one by one", "unit by unit"]
 ACCUMULATION = 3
-PLAIN = Training(accumulation=ACCUMULATION, num_steps=3)
+PLAIN = Training(accumulation=ACCUMULATION, num_steps=2)
 
 
 class Skipping(nn.Module):

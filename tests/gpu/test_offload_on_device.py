@@ -84,3 +84,24 @@ def test_bits_do_not_depend_on_files(tmp_path: Path, resident: tuple[list[float]
     """States on NVMe train the same."""
     nvme = {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
     assert train(nvme, {"staging_numel": 8192}) == resident
+
+
+FORMATS = {
+    "bf16 moments": {"moments": "bf16"},
+    "8-bit moments": {"moments": "int8"},
+    "4 bytes": {"moments": "int8", "master": "stochastic"},
+    "3 bytes": {"moments": "int8_block", "master": "stochastic"},
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("executor", ["device", "host"])
+def test_compact_states_do_not_depend_on_placement(executor: str, format: str) -> None:
+    """The kernels of the device and of the CPU round alike, at random but from the same numbers."""
+    states = FORMATS[format]
+    assert train(CPU, {"executor": executor, "staging_numel": 4096, **states}) == train({"stage": 2}, dict(states))
+
+
+def test_activations_in_host_memory_change_no_bit(resident: tuple[list[float], str, int]) -> None:
+    """Saved tensors travel beside the computation."""
+    assert train({"stage": 2}, {"activations": True}) == resident

@@ -196,7 +196,7 @@ def test_adam_is_the_formula_in_exact_arithmetic(isa: str, decoupled: bool) -> N
     planes, grad = planes_of("adamw", "master", 4000), random_bits(4000, 9)
     w, m, v, g = (plane.numpy().copy() for plane in (*planes.all(), grad))
     native.adam(planes.master, None, grad, *planes.moments, coef=0.3, hyper=hyper)
-    b1, rest1, b2, rest2, eps, l2, shrink, step_size, inverse2 = (np.float32(value) for value in hyper)
+    b1, rest1, b2, rest2, eps, l2, shrink, step_size, inverse2 = (np.float32(value) for value in hyper[:9])
     with np.errstate(all="ignore"):
         g = fma(l2, w, g * np.float32(0.3))
         m = fma(b1, m, rest1 * g)

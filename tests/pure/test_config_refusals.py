@@ -288,10 +288,11 @@ def test_parameters_in_files_are_refused_with_the_cpu_tier_as_the_way_out() -> N
     assert problem.key == "zero_optimization.offload_param.device" and '"cpu"' in problem.fix
 
 
-@pytest.mark.parametrize("moments", ["bf16", "int8"])
-def test_smaller_moments_are_refused_with_what_works_instead(moments: str) -> None:
-    problem = only_problem({"lorica": {"offload": {"moments": moments}}})
-    assert problem.key == "lorica.offload.moments" and '"fp32"' in problem.fix
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8", "int8_block"])
+def test_every_format_of_moments_is_taken_and_no_other(moments: str) -> None:
+    assert load({"lorica": {"offload": {"moments": moments}}}).lorica.offload.moments == moments
+    problem = only_problem({"lorica": {"offload": {"moments": f"{moments}x"}}})
+    assert problem.key == "lorica.offload.moments"
 
 
 def test_zenflow_is_refused_because_it_is_another_training() -> None:
@@ -330,6 +331,11 @@ def test_types_that_cannot_be_had_are_refused_with_what_to_use_instead(raw: Any)
 ILLEGAL: list[tuple[dict[str, Any], str]] = [
     ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16.enabled"),
     ({"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}}, "data_types.param_dtype"),
+    ({"lorica": {"offload": {"master": "stochastic"}}}, "lorica.offload.master"),
+    (
+        {"bf16": {"enabled": True}, "lorica": {"split_master": True, "offload": {"master": "stochastic"}}},
+        "lorica.offload.master",
+    ),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param.device"),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero_optimization.offload_optimizer.device"),
     (

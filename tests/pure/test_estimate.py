@@ -32,14 +32,14 @@ def test_stage_2_replicates_parameters_and_shards_the_rest():
     assert zero2(cpu_offload=False) == ModelStates(cpu_bytes=16_000_000, gpu_bytes=2_000_000 + 1_500_000)
 
 
-def test_stage_2_with_offload_moves_master_and_moments_to_the_host():
-    # 2 Psi + 2 Psi / 8; host: 4 x (4 + 8) Psi / 8 = 6,000,000 is less than building the model.
+def test_stage_2_with_offload_moves_half_of_the_master_and_moments_to_the_host():
+    # 2 Psi + 2 Psi / 8; host: 4 x (2 + 8) Psi / 8 = 5,000,000 is less than building the model.
     assert zero2(cpu_offload=True) == ModelStates(cpu_bytes=16_000_000, gpu_bytes=2_000_000 + 250_000)
 
 
 def test_one_rank_with_offload_holds_all_optimizer_states_in_host_memory():
     need = estimate.estimate_zero2_model_states_mem_needs(PSI, additional_buffer_factor=1)
-    assert need == ModelStates(cpu_bytes=12_000_000, gpu_bytes=4_000_000)
+    assert need == ModelStates(cpu_bytes=10_000_000, gpu_bytes=4_000_000)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_one_rank_with_offload_holds_all_optimizer_states_in_host_memory():
         # host 4 x (2 + 2 + 8) Psi / 8; device: the gradient shard 2 Psi / 8
         ({}, 6_000_000, 250_000),
         ({"zero_init": False}, 16_000_000, 250_000),
-        # host 4 x (4 + 8) Psi / 8; device (2 + 2) Psi / 8
-        ({"cpu_offload_params": False}, 6_000_000, 500_000),
+        # host 4 x (2 + 8) Psi / 8; device (2 + 2) Psi / 8
+        ({"cpu_offload_params": False}, 5_000_000, 500_000),
         # host: 4 modules of 10,000 fp32 parameters while the model is built; device 14 Psi / 8
         ({"cpu_offload": False}, 160_000, 1_750_000),
         ({"cpu_offload": False, "zero_init": False}, 16_000_000, 1_750_000),
@@ -113,9 +113,9 @@ def test_a_table_has_a_row_per_choice_with_host_and_device_memory(capsys):
     title, heads, *rows = capsys.readouterr().out.splitlines()
     assert "ZeRO-2" in title and "1074M parameters" in title and "GPUs per node: 2" in title
     assert [column.strip() for column in heads.split("|")] == ["host per node", "GPU", "options"]
-    # 2 ranks: 2 + 2/2 and 2 + 12/2 GiB per rank; 2 x 12/2 GiB on the host, or 2 x 4 to build the model
+    # 2 ranks: 2 + 2/2 and 2 + 12/2 GiB per rank; 2 x 10/2 GiB on the host, or 2 x 4 to build the model
     assert [[column.strip() for column in row.split("|")] for row in rows] == [
-        ["12.00 GiB", "3.00 GiB", "offload_optimizer=cpu"],
+        ["10.00 GiB", "3.00 GiB", "offload_optimizer=cpu"],
         ["8.00 GiB", "8.00 GiB", "offload_optimizer=none"],
     ]
     estimate.estimate_zero3_model_states_mem_needs_all_cold(2**30, 2**28, 2, 1, additional_buffer_factor=1)
@@ -124,8 +124,8 @@ def test_a_table_has_a_row_per_choice_with_host_and_device_memory(capsys):
     assert rows == [
         ["12.00 GiB", "2.00 GiB", "offload_param=cpu, offload_optimizer=cpu, zero_init=1"],
         ["12.00 GiB", "2.00 GiB", "offload_param=cpu, offload_optimizer=cpu, zero_init=0"],
-        ["12.00 GiB", "3.00 GiB", "offload_param=none, offload_optimizer=cpu, zero_init=1"],
-        ["12.00 GiB", "3.00 GiB", "offload_param=none, offload_optimizer=cpu, zero_init=0"],
+        ["10.00 GiB", "3.00 GiB", "offload_param=none, offload_optimizer=cpu, zero_init=1"],
+        ["10.00 GiB", "3.00 GiB", "offload_param=none, offload_optimizer=cpu, zero_init=0"],
         ["2.00 GiB", "8.00 GiB", "offload_param=none, offload_optimizer=none, zero_init=1"],
         ["8.00 GiB", "8.00 GiB", "offload_param=none, offload_optimizer=none, zero_init=0"],
     ]
