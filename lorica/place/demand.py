@@ -265,8 +265,8 @@ class Constraints:
 
 
 # One H200 box: PCIe 5 with both directions busy, 16 hardware threads on 8 cores, a virtual disk with O_DIRECT.
-# Memory bandwidth (160 GB/s) is what the CPU and the copy engines share: records that stream at the link's speed take 100
-# of it, an update on the CPU takes 34 bytes a parameter. With a larger share for the CPU than this both get slower, and
+# Memory bandwidth (160 GB/s) is what the CPU and the copy engines share: records that stream at the link's speed take
+# 100 of it, an update on the CPU 34 bytes a parameter. With a larger share for the CPU than this both get slower, and
 # together they were slower than the link alone. Source: docs/benchmarks-offload.md.
 _HOST_UPDATE, _HOST_BESIDE, _HOST_CORES = 3.2e9, 1.2e9, 8
 

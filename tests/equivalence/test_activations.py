@@ -1,4 +1,4 @@
-"""Activations in host memory: the same training, fewer tensors held by autograd, and errors where values would be lost."""
+"""Activations in host memory: the same training, fewer tensors held by autograd, errors where values would be lost."""
 
 from __future__ import annotations
 

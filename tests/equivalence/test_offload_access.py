@@ -255,6 +255,7 @@ def loops(case: Case, folder: str, detour: str) -> dict[str, tuple[str, str]]:
     found = {"": loop(case, None, folder, detour)}
     shift = list(DETOURS).index(detour) + dist.get_world_size()
     names = [name for index, name in enumerate(PLANS) if (index + shift) % 2 or "guessing" in name]
+    names = names if dist.get_world_size() == 1 else ["on the host, guessing", "everything"]
     return found | {name: loop(case, PLANS[name], folder, detour) for name in names}
 
 
@@ -280,7 +281,7 @@ def test_a_detour_sees_and_leaves_what_it_does_without_offload(
 
 def leave_units_out(engine: Any, case: Case) -> Seen:
     """Blocks that a step does not use (the recipe leaves another one out every fourth batch)."""
-    return [take_step(engine, case, number) for number in range(12)]
+    return [take_step(engine, case, number) for number in range(8)]
 
 
 def accumulate_without_sync(engine: Any, case: Case) -> Seen:
@@ -328,9 +329,10 @@ LOOPS: dict[str, tuple[Callable[[Any, Case], Seen], str]] = {
 
 
 def other_loops(case: Case, folder: str, name: str) -> dict[str, tuple[str, str]]:
-    """The loop under every plan, and with everything on the device ("")."""
+    """The loop under some plans, and with everything on the device ("")."""
     found = {}
-    for key, plan in [("", None), *PLANS.items()]:
+    for key in ("", "streamed, all near", "on the host, guessing", "everything"):
+        plan = PLANS.get(key)
         with delays(plan.seed if plan is not None else 0):
             engine = start_engine(case, plan, folder)
             seen = LOOPS[name][0](engine, case)
@@ -411,7 +413,7 @@ def state_tensors(engine: Any) -> list[Tensor]:
     return [t for t in tensors if isinstance(t, Tensor)]
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize(("stage", "world_size"), [(2, 1), (3, 1), (2, 2), (3, 2)])
 def test_nothing_is_left_of_an_engine_that_is_destroyed_straight_after_a_step(
     ranks: Callable[[int], Ranks], tmp_path: Path, stage: int, world_size: int, steps: int

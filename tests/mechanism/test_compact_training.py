@@ -197,7 +197,11 @@ def exact_loss(ranks: Callable[[int], Ranks]) -> float:
     return float(loss)
 
 
-@every_format
+OFTEN = [("bf16", "exact"), ("int8", "exact"), ("int8", "stochastic"), ("int8_block", "stochastic")]
+SELDOM = [pytest.param(*kind, marks=pytest.mark.slow) for kind in ALL if kind not in OFTEN]
+
+
+@pytest.mark.parametrize(("moments", "master"), [*OFTEN, *SELDOM])
 def test_training_reaches_the_loss_of_exact_states(
     ranks: Callable[[int], Ranks], exact_loss: float, moments: str, master: str
 ) -> None:
