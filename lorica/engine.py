@@ -7,7 +7,6 @@ in `core/`, arithmetic in `optim/`, transport in `comm/`. `construct.py` builds 
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -118,7 +117,6 @@ class Engine(nn.Module):
             grad.factor = self._grad_factor
         if parts.update is not None:
             parts.update.expected = self._expected_update
-        parts.module.register_state_dict_pre_hook(_finish_before_reading(self))
         self._hooks = Hooks(
             parts.units,
             parts.prefetcher,
@@ -147,9 +145,10 @@ class Engine(nn.Module):
         if not parts.config.lorica.offload.activations:
             return None
 
+        planes = {flat.full.untyped_storage()._cdata for unit in parts.units for flat in unit.flats}
+
         def stays(tensor: Tensor) -> bool:
-            source = tensor._base if tensor._is_view() else tensor
-            return isinstance(source, nn.Parameter) or tensor.device != parts.site.device
+            return tensor.device != parts.site.device or tensor.untyped_storage()._cdata in planes
 
         return HostActivations(parts.site.streams or HostStreams(), parts.site.tiers["host"].alloc, stays)
 
@@ -618,20 +617,13 @@ class Engine(nn.Module):
     # -- updates under way ---------------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        """Finish what `step()` has left under way, for code that reads parameters directly (`p.data`, their average).
+        """Finish what `step()` has left under way: for a clock, or for code that reads memory behind torch's back.
 
-        Updates of offloaded optimizer states go on in the background until a unit is used again. The engine, the
-        model's forward and state dict, `engine.parameters()` and everything in `lorica.zero` wait by themselves.
+        Updates of offloaded optimizer states go on in the background. Whoever touches a parameter waits for its unit.
         """
         self._require_alive("synchronize")
         if self._parts.update is not None:
             self._parts.update.settle()
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As in `nn.Module`, with their new values."""
-        if self._parts is not _DESTROYED:
-            self.synchronize()
-        return super().named_parameters(*args, **kwargs)
 
     # -- compilation ---------------------------------------------------------------------------------------------------
 
@@ -979,18 +971,6 @@ class Engine(nn.Module):
     def random_ltd_enabled(self) -> bool:
         """Random layer-token dropping is not offered."""
         return False
-
-
-def _finish_before_reading(engine: Engine) -> Callable[..., None]:
-    """A hook of the module that holds no engine."""
-    weak = weakref.ref(engine)
-
-    def hook(*_: Any) -> None:
-        alive = weak()
-        if alive is not None and alive._parts is not _DESTROYED:
-            alive.synchronize()
-
-    return hook
 
 
 class _Destroyed:

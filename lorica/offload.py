@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from lorica.comm.environment import BOUND_CORES
 from lorica.config import Config
 from lorica.config.offload import update_threads
 from lorica.core.build import Blueprint, Outline, Where, plan_of
@@ -33,7 +34,7 @@ from lorica.tier import (
     measure,
     padded_bytes,
 )
-from lorica.update.agreement import least_of_all_ranks
+from lorica.update.agreement import least_of_all_ranks, raise_together
 from lorica.update.build import Pipelines
 
 MIN_SLACK_BYTES = 1 << 20  # of an arena or a swap file, for planes that are rounded up to pages
@@ -83,7 +84,7 @@ def place_planes(
         for p in placements.planes
     }
     guessed = _guessed(config, placements, where, on_cuda)
-    _make_tiers(config, planes, blueprint, where, optimizer, site, guessed)
+    _make_tiers_together(config, planes, blueprint, where, optimizer, site, guessed)
     pipelines = Pipelines(
         chunk_numel=placements.chunk_numel,
         staging_bytes=placements.staging_bytes,
@@ -155,15 +156,14 @@ def _constraints(config: Config, demands: Sequence[PlaneDemand], site: Site) -> 
 
 
 def _is_bound() -> bool:
-    """Whether the launcher has bound this rank to cores of its own."""
-    return hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < (os.cpu_count() or 1)
+    """Whether the launcher has bound this rank to cores of its own: it says so."""
+    return BOUND_CORES in os.environ
 
 
 def _num_cores() -> int:
-    """Cores of this rank: those to which it is bound, or its share of all."""
-    if _is_bound():
-        return len(os.sched_getaffinity(0))
-    return max(1, (os.cpu_count() or 1) // _local_ranks())
+    """Cores of this rank: those to which it is bound, or its share of those that all ranks here may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if _is_bound() else max(1, cores // _local_ranks())
 
 
 def _local_ranks() -> int:
@@ -197,6 +197,29 @@ def _held_on(device: torch.device, planes: Sequence[Outline]) -> int:
 
 
 # -- tiers -------------------------------------------------------------------------------------------------------------
+
+
+def _make_tiers_together(
+    config: Config,
+    planes: Sequence[Outline],
+    blueprint: Blueprint,
+    where: Mapping[str, Where],
+    optimizer: FlatOptimizer | None,
+    site: Site,
+    guessed: frozenset[str],
+) -> None:
+    """Make the tiers, or raise on all ranks and leave nothing."""
+    problem: Exception | None = None
+    try:
+        _make_tiers(config, planes, blueprint, where, optimizer, site, guessed)
+    except Exception as found:  # raised below, by all ranks
+        problem = found
+    try:
+        raise_together(problem, site, "lorica.initialize: making room for offloaded states")
+    except BaseException:
+        for tier in site.tiers.values():
+            tier.close()
+        raise
 
 
 def _make_tiers(

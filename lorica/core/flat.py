@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from lorica.core.lifecycle import PARAM_MOVES, Lifecycle, ParamState
-from lorica.core.parameter import ParamRecord, attach, detach, hide, is_rebound, show
+from lorica.core.parameter import (
+    ParamRecord,
+    attach,
+    detach,
+    hide,
+    is_rebound,
+    mark_finished,
+    mark_pending,
+    show,
+)
 from lorica.core.streams import Behind
 from lorica.layout import ALIGN, Layout, Overlap, round_up
 from lorica.plan import StateBytes, UnitPlan
@@ -356,6 +365,8 @@ class Flat:
             is_done: whether `finish` would return at once.
         """
         self._update, self._update_is_done = finish, is_done
+        if not self.sharded:
+            mark_pending(self.params)
 
     @property
     def holds_up(self) -> bool:
@@ -371,8 +382,9 @@ class Flat:
     def settle(self) -> None:
         """Finish the update that is under way, if there is one."""
         if self._update is not None:
-            finish, self._update = self._update, None
-            finish()
+            self._update()
+            self._update = None
+            mark_finished(self.params)
 
     def unshard(self) -> None:
         """Start gathering the parameters, if they are sharded; `wait` makes them usable."""

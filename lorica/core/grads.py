@@ -173,6 +173,8 @@ class Reducer:
 
     def _reduce_late(self) -> None:
         late = [unit for unit in self._sequence if any(grad.has_local for grad in unit.grads)]
+        if late:
+            self._drain()
         for unit in late:
             self._at_end.add(unit)
             self._launch(unit)

@@ -8,14 +8,17 @@ crash nor give silent nonsense, so between its uses it is
   is running (weights used outside their module's forward, such as `F.linear(x, self.embedding.weight)`), and otherwise
   raises an error that says what to do.
 
-While it is whole it is a plain `nn.Parameter`: no overhead, and nothing for `torch.compile` to trip over.
+While it is whole it is a plain `nn.Parameter`: no overhead, and nothing for `torch.compile` to trip over. Only while an
+update of its plane is under way (`update/schedule.py`) it is a `PendingParameter`, which finishes that update first.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -111,19 +114,69 @@ class ShardedParameter(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             if getattr(func, "__name__", "") in _DESCRIPTIVE and func != _DATA:
                 return func(*args, **kwargs)
-            for param in _sharded_in((args, kwargs)):
+            for param in _of_class(ShardedParameter, (args, kwargs)):
                 record = record_of(param)
                 if (record is None or not record.flat.touched()) and func != _DATA:
                     raise _no_values(param, getattr(func, "__name__", str(func)))
             return func(*args, **kwargs)
 
 
-def _sharded_in(tree: Any) -> list[ShardedParameter]:
-    if isinstance(tree, ShardedParameter):
+class PendingParameter(nn.Parameter):
+    """A whole parameter whose update is under way: whoever touches its values has it finished first."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        _finish(self)
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        _finish(self)
+        return self.__reduce_ex__(proto)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            name = getattr(func, "__name__", "")
+            if name not in _DESCRIPTIVE or name == "__repr__" or func == _DATA:
+                for param in _of_class(PendingParameter, (args, kwargs)):
+                    _finish(param)
+            return func(*args, **kwargs)
+
+
+def _finish(param: Tensor) -> None:
+    """Finish the update of a parameter's plane; it is an ordinary parameter then."""
+    record = record_of(param)
+    flat = record._flat() if record is not None else None
+    if flat is not None:
+        flat.settle()
+    if type(param) is PendingParameter:  # its engine is gone
+        param.__class__ = nn.Parameter  # type: ignore[assignment]
+
+
+def mark_pending(params: Iterable[Tensor]) -> None:
+    """An update of these whole parameters is under way (a subclass of Parameter keeps its class)."""
+    for param in params:
+        if type(param) is nn.Parameter:
+            param.__class__ = PendingParameter
+
+
+def mark_finished(params: Iterable[Tensor]) -> None:
+    """It is not any more."""
+    for param in params:
+        if type(param) is PendingParameter:
+            param.__class__ = nn.Parameter  # type: ignore[assignment]
+
+
+P = TypeVar("P", bound=nn.Parameter)
+
+
+def _of_class(kind: type[P], tree: Any) -> list[P]:
+    """The parameters of a class among a call's arguments."""
+    if isinstance(tree, kind):
         return [tree]
     if isinstance(tree, dict):
         tree = tuple(tree.values())
-    return [p for item in tree for p in _sharded_in(item)] if isinstance(tree, (tuple, list)) else []
+    return [p for item in tree for p in _of_class(kind, item)] if isinstance(tree, (tuple, list)) else []
 
 
 def _no_values(param: Tensor, what: str) -> RuntimeError:

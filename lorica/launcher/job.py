@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lorica.comm.environment import BOUND_CORES
 from lorica.launcher.cores import Share
 from lorica.launcher.flags import LaunchError, Options
 from lorica.launcher.reaper import JOB_ID
@@ -134,6 +135,8 @@ def make_job(
     for rank, (share, log) in enumerate(zip(shares, logs, strict=True)):
         threads = {"OMP_NUM_THREADS": str(share.num_threads)}  # torch would take every core in every rank
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "ROLE_RANK": str(rank)}
+        if share.cpus is not None:
+            own[BOUND_CORES] = str(len(share.cpus))
         if rank == 0:
             own[STORE_FD] = str(store.fileno())
         report = folder / f"rank{rank}.json"
@@ -143,7 +146,7 @@ def make_job(
     return Job(job_id, folder, tuple(ranks), store)
 
 
-_NOT_INHERITED = frozenset({"TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE", STORE_FD})
+_NOT_INHERITED = frozenset({"TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE", STORE_FD, BOUND_CORES})
 _LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 
 

@@ -121,7 +121,7 @@ class _Planner:
         forced = self.constraints.records != "auto"
         if forced or (streamed and self.constraints.params == "auto"):
             return held
-        sizes = [plane.record_bytes for plane in self._trainable]
+        sizes = self._device_sizes
         if sum(sizes) <= self._room(streamed, 0):
             return len(sizes)
         return max(held, _prefix(sizes, self._room(streamed, 1) - self._min_staging(1)))
@@ -133,7 +133,13 @@ class _Planner:
 
     @property
     def _record_sums(self) -> list[int]:
-        return list(accumulate((plane.record_bytes for plane in self._trainable), initial=0))
+        return list(accumulate(self._device_sizes, initial=0))
+
+    @property
+    def _device_sizes(self) -> list[int]:
+        """Bytes of each record on the device."""
+        elsewhere = self.constraints.params == "host"
+        return [p.record_bytes_at(apart=elsewhere and p.param_can_leave) for p in self._trainable]
 
     def _fixed(self, streamed: int) -> int:
         """Device bytes of everything but records and staging."""
@@ -158,7 +164,7 @@ class _Planner:
     def _chunk_bytes(self) -> int:
         """Device bytes of a chunk: a record, and the parameters where they may be in host memory too."""
         with_param = self.constraints.params != "device"
-        items = [p.record_itemsize + (p.param_itemsize if with_param else 0) for p in self._trainable]
+        items = [p.record_itemsize + (p.param_itemsize if with_param else p.apart_itemsize) for p in self._trainable]
         return ceil(slot_numel(self.planes, self.constraints) * max(items, default=0))
 
     def _min_slots(self, num_away: int) -> int:
@@ -196,7 +202,8 @@ class _Planner:
         to_disk = self._may_use_disk
         carries = on_cuda and (executor != "device" or to_disk)
         items = [
-            (p.grad_itemsize + p.param_itemsize if carries else 0) + (p.record_itemsize if to_disk else 0)
+            (p.grad_itemsize + p.param_itemsize if carries else 0)
+            + (p.record_itemsize + p.apart_itemsize if to_disk else 0)
             for p in self._trainable
         ]
         return self.constraints.host_slots * ceil(slot_numel(self.planes, self.constraints) * max(items, default=0))
@@ -210,7 +217,8 @@ class _Planner:
 
     def _host_run(self, on_device: int, streamed: int) -> int:
         """Trainable planes after the device's whose record is in host memory."""
-        sizes = [plane.record_bytes for plane in self._trainable[on_device:]]
+        with_params = {plane.name for plane in self._leaving(streamed)}
+        sizes = [p.record_bytes_at(apart=p.name not in with_params) for p in self._trainable[on_device:]]
         if not self._may_use_disk:
             return len(sizes)
         if self.constraints.records == "nvme":
@@ -340,7 +348,7 @@ def link_bytes(plane: PlaneDemand, param: ParamTier, executor: Executor) -> Traf
     if executor == "host":
         grad = plane.owned_numel * plane.grad_itemsize
         return Traffic(down=grad + (hi if param == "device" else 0), up=hi if param == "device" else 0)
-    moved = plane.record_bytes + (hi if param == "host" else 0)
+    moved = plane.record_bytes_at(apart=param == "device") + (hi if param == "host" else 0)
     return Traffic(down=moved, up=moved)
 
 

@@ -35,6 +35,8 @@ class PlaneDemand:
         name, unit_index: for people; `unit_index` also joins rows of the table.
         numel: elements of the whole plane, padding included.
         param_itemsize, grad_itemsize, record_itemsize: bytes per element; of records in few bytes no whole number.
+        apart_itemsize: bytes per element that a record takes besides where it lives in another tier than the parameters:
+            a master that is the parameter itself otherwise (fp32).
         param_shards, grad_shards, record_shards: ranks that share each; 1: whole on every rank.
         trainable: False: frozen, parameters only.
         param_can_leave: whether the parameters may live in host memory between their uses at stage 3 (not the root
@@ -47,6 +49,7 @@ class PlaneDemand:
     param_itemsize: int = 2
     grad_itemsize: int = 2
     record_itemsize: float = 10
+    apart_itemsize: float = 0
     param_shards: int = 1
     grad_shards: int = 1
     record_shards: int = 1
@@ -81,6 +84,7 @@ class PlaneDemand:
             param_itemsize=ITEMSIZE[plan.param.dtype],
             grad_itemsize=ITEMSIZE[plan.grad.dtype],
             record_itemsize=master + plan.moment_bytes(ALIGN, num_moments) / ALIGN,
+            apart_itemsize=ITEMSIZE[plan.master.dtype] if plan.master_is_param and not plan.master_is_rounded else 0,
             param_shards=num_shards if plan.param.sharded else 1,
             grad_shards=num_shards if plan.grad.sharded else 1,
             record_shards=num_shards if plan.master.sharded else 1,
@@ -111,7 +115,11 @@ class PlaneDemand:
     @property
     def record_bytes(self) -> int:
         """Bytes of the record."""
-        return ceil(self.owned_numel * self.record_itemsize)
+        return self.record_bytes_at(apart=False)
+
+    def record_bytes_at(self, *, apart: bool) -> int:
+        """Bytes of the record, which lives apart from the parameters or with them."""
+        return ceil(self.owned_numel * (self.record_itemsize + (self.apart_itemsize if apart else 0)))
 
     def sharded(self, ranks: int) -> PlaneDemand:
         """The same plane at stage 3 over `ranks`."""

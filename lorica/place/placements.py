@@ -24,7 +24,7 @@ class PlanePlacement(NamedTuple):
     @property
     def record_bytes(self) -> int:
         """Bytes of the record on this rank."""
-        return self.plane.record_bytes
+        return self.plane.record_bytes_at(apart=self.record != self.param)
 
 
 class Traffic(NamedTuple):

@@ -62,7 +62,7 @@ class State:
             group.update(values | of_user)
 
     def _written(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in group.items() if key != "params"}
+        return copy.deepcopy({key: value for key, value in group.items() if key != "params"})
 
 
 class Outcome(NamedTuple):

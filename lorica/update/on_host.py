@@ -211,13 +211,14 @@ class OnHost:
         Raises:
             what went wrong in the thread.
         """
-        done = self._done.pop(plane.flat, None)
+        done = self._done.get(plane.flat)
         if done is None:
             return
         done.flag.wait()
         if self.raises:
             self._raise_problem()
         self._streams.wait(done.sent)
+        del self._done[plane.flat]
 
     def is_done(self, plane: GradPlane) -> bool:
         """Whether `finish` would return at once."""

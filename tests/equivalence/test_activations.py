@@ -111,3 +111,51 @@ def test_a_graph_can_be_used_twice() -> None:
     (second,) = torch.autograd.grad(y, x)
     assert torch.equal(first, second)
     assert torch.equal(first, 3 * torch.cos(3 * x.detach()))
+
+
+def test_lengths_that_vary_need_no_more_buffers_than_one() -> None:
+    made: list[int] = []
+
+    def alloc(numel: int, dtype: torch.dtype) -> Tensor:
+        made.append(numel)
+        return torch.zeros(numel, dtype=dtype)
+
+    activations = HostActivations(HostStreams(), alloc, lambda tensor: False, min_bytes=1)
+    for length in (300, 310, 290, 305, 5, 337):
+        x = torch.randn(length, 64, requires_grad=True)
+        with activations.saving():
+            y = torch.tanh(torch.tanh(x))
+        y.sum().backward()
+        del y
+        assert torch.equal(x.grad, torch.autograd.grad(torch.tanh(torch.tanh(x)).sum(), x)[0])  # type: ignore[arg-type]
+        assert len(activations._free) == 2
+    assert len(made) == 4, "the first two, and two in their place that are an eighth longer than they had to be"
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "contiguous"])
+def test_strides_are_kept_where_a_tensor_fills_its_memory(layout: str) -> None:
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            seen.append(ctx.saved_tensors[0].clone(memory_format=torch.preserve_format))
+            strides.append(ctx.saved_tensors[0].stride())
+            return grad
+
+    seen: list[Tensor] = []
+    strides: list[tuple[int, ...]] = []
+    activations = HostActivations(
+        HostStreams(), lambda n, d: torch.zeros(n, dtype=d), lambda tensor: False, min_bytes=1
+    )
+    base = torch.randn(1, 32, requires_grad=True)
+    x = {"transposed": (base * torch.ones(16, 1)).t(), "expanded": base.expand(16, 32), "contiguous": base * 1.0}[
+        layout
+    ]
+    with activations.saving():
+        Look.apply(x).sum().backward()
+    assert torch.equal(seen[0], x)
+    assert strides == [(32, 1) if layout == "expanded" else x.stride()]

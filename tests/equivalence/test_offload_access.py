@@ -253,9 +253,10 @@ def fingerprint(tree: Any) -> str:
 def loops(case: Case, folder: str, detour: str) -> dict[str, tuple[str, str]]:
     """The loop under some plans (others for other detours), and with everything on the device ("")."""
     found = {"": loop(case, None, folder, detour)}
-    shift = list(DETOURS).index(detour) + dist.get_world_size()
-    names = [name for index, name in enumerate(PLANS) if (index + shift) % 2 or "guessing" in name]
-    names = names if dist.get_world_size() == 1 else ["on the host, guessing", "everything"]
+    names = ["on the host, guessing", "everything"]
+    if dist.get_world_size() == 1:
+        others = [name for name in PLANS if name not in names]
+        names += others[list(DETOURS).index(detour) % 2 :: 2]
     return found | {name: loop(case, PLANS[name], folder, detour) for name in names}
 
 
