@@ -35,8 +35,8 @@ class PlaneDemand:
         name, unit_index: for people; `unit_index` also joins rows of the table.
         numel: elements of the whole plane, padding included.
         param_itemsize, grad_itemsize, record_itemsize: bytes per element; of records in few bytes no whole number.
-        apart_itemsize: bytes per element that a record takes besides where it lives in another tier than the parameters:
-            a master that is the parameter itself otherwise (fp32).
+        apart_itemsize: bytes per element that a record takes besides, where it lives in another tier than the
+            parameters: a master that is the parameter itself otherwise (fp32).
         param_shards, grad_shards, record_shards: ranks that share each; 1: whole on every rank.
         trainable: False: frozen, parameters only.
         param_can_leave: whether the parameters may live in host memory between their uses at stage 3 (not the root
