@@ -28,3 +28,11 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield of
     for group in groups.values():
         group.close()
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_process_group() -> Iterator[None]:
+    """`lorica.initialize` in this process makes a default process group, which the next test must not find."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

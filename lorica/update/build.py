@@ -15,10 +15,11 @@ from lorica.core.streams import Streams
 from lorica.kernels import native
 from lorica.layout import chunk_size
 from lorica.optim.base import FlatOptimizer
+from lorica.update.executor import Executor
 from lorica.update.on_host import OnHost
 from lorica.update.pieces import Record, chunks_of, master_travels, record_of, segments
 from lorica.update.resident import Resident
-from lorica.update.schedule import Executor, Update
+from lorica.update.schedule import Update
 from lorica.update.streamed import Streamed
 
 

@@ -28,6 +28,7 @@ from lorica.core.streams import CudaStreams, Streams
 from lorica.kernels import native
 from lorica.log import logger
 from lorica.optim.base import FlatOptimizer
+from lorica.update.executor import Executor
 from lorica.update.guess import Assumed, Guesses, can_guess, update_beside
 from lorica.update.pieces import Record, Waitable, Work, chunks_of, is_on_host, own_gradient, record_of, update_record
 
@@ -108,10 +109,10 @@ class _Guess(NamedTuple):
     launched: Any
 
 
-class OnHost:
+class OnHost(Executor):
     """The executor that brings gradients to the host and computes there."""
 
-    runs_on_device = True  # in the sense of the word: whoever starts it need not know the verdict
+    learns_late = True
 
     def __init__(
         self,
@@ -150,9 +151,9 @@ class OnHost:
         for index, chunk in enumerate(self._chunks):
             self._indices.setdefault(chunk.plane.flat, []).append(index)
         self._guesses = Guesses([plane for plane in guessed if can_guess(plane)])
+        self.guesses = self._guesses.any
         self._expected_step = 0
         self._done: dict[Flat, _Done] = {}
-        self.problem: BaseException | None = None  # what went wrong in the thread; nothing is updated any more
         self._last: Future[None] | None = None  # the last job that was given to the thread, which takes them in order
         # It ends with this object, or at the interpreter's exit, then behind what it was given: a daemon would be cut
         # off in the middle of a kernel, whose threads are gone by then.
@@ -183,11 +184,6 @@ class OnHost:
         if self.problem is None and self._guesses.worth_while and self._guesses.has_room(plane):
             assumed = Assumed(coef, step, self._hypers(), plane.version)
             self._give(_Guess(plane, assumed, own_gradient(plane), self._streams.record()))
-
-    @property
-    def guesses(self) -> bool:
-        """Whether `guess` does anything."""
-        return self._guesses.any
 
     def _hypers(self) -> list[dict[str, Any]]:
         """The param groups as they are now, whatever is written into them later."""

@@ -16,13 +16,14 @@ from lorica.comm.solo import Solo
 from lorica.core.flat import Flat, Site
 from lorica.core.gradient import GradPlane
 from lorica.optim.base import FlatOptimizer
+from lorica.update.executor import Executor
 from lorica.update.pieces import Work, own_gradient, record_of, segments, update_record
 
 if TYPE_CHECKING:
     from lorica.comm.base import Collectives
 
 
-class Resident:
+class Resident(Executor):
     """The executor that moves nothing that it need not move."""
 
     def __init__(
@@ -47,19 +48,6 @@ class Resident:
         for plane in self.planes:
             self._update(plane, work)
             plane.flat.publish()
-
-    def finish(self, plane: GradPlane) -> None:
-        """Everything is done, or ordered before whatever comes on the current stream."""
-
-    def is_done(self, plane: GradPlane) -> bool:
-        """`finish` does nothing."""
-        return True
-
-    def open(self, plane: GradPlane, *, write: bool) -> None:
-        """Records are where they live."""
-
-    def close(self) -> None:
-        """Nothing to free."""
 
     def _update(self, plane: GradPlane, work: Work) -> None:
         flat = plane.flat

@@ -11,47 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from lorica.core.flat import Site
 from lorica.core.gradient import GradPlane
 from lorica.optim.base import FlatOptimizer
 from lorica.update.agreement import raise_together
-from lorica.update.on_host import OnHost
+from lorica.update.executor import Executor
 from lorica.update.pieces import Work
-from lorica.update.streamed import Streamed
-
-
-class Executor(Protocol):
-    """Who updates some planes, and where.
-
-    Attributes:
-        planes: those that it updates.
-        runs_on_device: whether `start` need not know the verdict: it reads it where it is.
-    """
-
-    planes: list[GradPlane]
-    runs_on_device: bool
-
-    def start(self, work: Work) -> None:
-        """Begin updating all planes."""
-        ...
-
-    def finish(self, plane: GradPlane) -> None:
-        """Make the plane's parameters usable on the current stream."""
-        ...
-
-    def is_done(self, plane: GradPlane) -> bool:
-        """Whether `finish` would return at once."""
-        ...
-
-    def open(self, plane: GradPlane, *, write: bool) -> None:
-        """Have the plane's record where it lives, for the host to read or write."""
-        ...
-
-    def close(self) -> None:
-        """Finish and free everything."""
-        ...
 
 
 class Update:
@@ -74,12 +41,11 @@ class Update:
         self._optimizer, self._executors, self._groups, self._site = optimizer, list(executors), groups, site
         self.planes = [plane for executor in self._executors for plane in executor.planes]
         self.runs_on_device = all(executor.runs_on_device for executor in self._executors)
-        self._on_host = [executor for executor in self._executors if isinstance(executor, OnHost)]
-        self.learns_late = bool(self._on_host)
+        self.learns_late = any(executor.learns_late for executor in self._executors)
         for executor in self._executors:
             for plane in executor.planes:
                 plane.flat.opener = partial(_open, executor, plane)
-                if isinstance(executor, OnHost) and executor.guesses:
+                if executor.guesses:
                     plane.on_complete = partial(self._guess, executor)
 
     def __call__(self, work: Work) -> None:
@@ -96,20 +62,22 @@ class Update:
             executor.start(work)
         if work.apply is not None:
             self._optimizer.note_launched(work.apply)
-        late = [(executor, plane) for executor in self._executors for plane in executor.planes]
-        for executor, plane in late:
-            plane.flat.defer(partial(executor.finish, plane), partial(executor.is_done, plane))
-        for _, plane in late:
-            if plane.flat.plan.update == "sync":
-                plane.flat.settle()
-                plane.flat.publish()
-        for _, plane in late:
-            if plane.flat.plan.update == "sync":
-                plane.flat.wait()
+        now = []
+        for executor in self._executors:
+            for plane in executor.planes:
+                if plane.flat.plan.update == "just_in_time":
+                    plane.flat.defer(partial(executor.finish, plane), partial(executor.is_done, plane))
+                else:
+                    now.append((executor, plane))
+        for executor, plane in now:
+            executor.finish(plane)
+            plane.flat.publish()
+        for _, plane in now:
+            plane.flat.wait()
         if any(plane.flat.publishes for plane in self.planes):
             self._site.shard.fence()  # peers have read this rank's part: whoever writes parameters now disturbs nobody
 
-    def _guess(self, executor: OnHost, plane: GradPlane) -> None:
+    def _guess(self, executor: Executor, plane: GradPlane) -> None:
         """The plane's gradient is complete."""
         if (expected := self.expected()) is not None:
             executor.guess(plane, *expected)
@@ -129,7 +97,7 @@ class Update:
             plane.flat.settle()
 
     def _problem(self) -> BaseException | None:
-        return next((e.problem for e in self._on_host if e.problem is not None), None)
+        return next((e.problem for e in self._executors if e.problem is not None), None)
 
     def _agree(self) -> None:
         """See `raise_together`."""
@@ -139,7 +107,7 @@ class Update:
     @property
     def ring_bytes(self) -> int:
         """Device memory through which records stream."""
-        return sum(executor.ring_bytes for executor in self._executors if isinstance(executor, Streamed))
+        return sum(executor.ring_bytes for executor in self._executors)
 
     def know_skipped(self, num_skipped: int) -> None:
         """The caller has learnt that the device skipped steps, and counts without them from now on."""

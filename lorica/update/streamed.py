@@ -27,6 +27,7 @@ from lorica.core.flat import Flat, Site, Stored
 from lorica.core.gradient import GradPlane
 from lorica.core.streams import Streams
 from lorica.optim.base import FlatOptimizer
+from lorica.update.executor import Executor
 from lorica.update.pieces import Chunk, Record, Work, chunks_of, master_travels, own_gradient, record_of, update_record
 
 UP, UPDATE, DOWN = "records up", "update", "records down"
@@ -72,10 +73,8 @@ class _Staged(NamedTuple):
     arrived: Any
 
 
-class Streamed:
+class Streamed(Executor):
     """The executor that brings records to the device, a ring of chunks at a time."""
-
-    runs_on_device = True
 
     def __init__(
         self,
@@ -171,10 +170,6 @@ class Streamed:
         """Let the current stream wait for the plane's update, so that its parameters may be used."""
         self._streams.wait(self._updated.pop(plane.flat, None))
         self._held.pop(plane.flat, None)  # freed on the stream that made it, behind its last use
-
-    def is_done(self, plane: GradPlane) -> bool:
-        """`finish` never holds the host up."""
-        return True
 
     def open(self, plane: GradPlane, *, write: bool) -> None:
         """Let the host wait until the plane's record is at home.
