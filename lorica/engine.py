@@ -7,6 +7,7 @@ in `core/`, arithmetic in `optim/`, transport in `comm/`. `construct.py` builds 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -117,6 +118,7 @@ class Engine(nn.Module):
             grad.factor = self._grad_factor
         if parts.update is not None:
             parts.update.expected = self._expected_update
+        parts.module.register_state_dict_pre_hook(_finish_before_reading(self))
         self._hooks = Hooks(
             parts.units,
             parts.prefetcher,
@@ -625,6 +627,12 @@ class Engine(nn.Module):
         if self._parts.update is not None:
             self._parts.update.settle()
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in `nn.Module`, with their new values; raises if an update failed."""
+        if self._parts is not _DESTROYED:
+            self.synchronize()
+        return super().named_parameters(*args, **kwargs)
+
     # -- compilation ---------------------------------------------------------------------------------------------------
 
     def compile(
@@ -971,6 +979,18 @@ class Engine(nn.Module):
     def random_ltd_enabled(self) -> bool:
         """Random layer-token dropping is not offered."""
         return False
+
+
+def _finish_before_reading(engine: Engine) -> Callable[..., None]:
+    """A hook of the module that holds no engine: a state dict is of one step, or of none if its update failed."""
+    weak = weakref.ref(engine)
+
+    def hook(*_: Any) -> None:
+        alive = weak()
+        if alive is not None and alive._parts is not _DESTROYED:
+            alive.synchronize()
+
+    return hook
 
 
 class _Destroyed:
