@@ -236,7 +236,9 @@ def test_a_model_built_sharded_is_never_whole_on_a_rank(ranks: Callable[[int], R
     model_bytes = 40 * 1024 * 1024 * 4
     for peak, afterwards in ranks(2).run(build_large_model_sharded, num_layers=40):
         # The shard, and what a transport needs to hand over one layer at a time (8 MiB of staging per rank, twice).
-        assert afterwards < 0.5 * model_bytes + 10 * 2**20, f"{afterwards / 2**20:.0f} MiB held"
+        # 2 MiB more are Python's: the first engine of a process loads its configuration's classes (89.8 MiB held before
+        # the blocks of offloading were there, 91.1 since).
+        assert afterwards < 0.5 * model_bytes + 12 * 2**20, f"{afterwards / 2**20:.0f} MiB held"
         assert peak < 0.5 * model_bytes + 30 * 2**20, f"{peak / 2**20:.0f} MiB at the peak"
 
 
