@@ -256,7 +256,7 @@ def loops(case: Case, folder: str, detour: str) -> dict[str, tuple[str, str]]:
     names = ["on the host, guessing", "everything"]
     if dist.get_world_size() == 1:
         others = [name for name in PLANS if name not in names]
-        names += others[list(DETOURS).index(detour) % 2 :: 2]
+        names.append(others[list(DETOURS).index(detour) % len(others)])
     return found | {name: loop(case, PLANS[name], folder, detour) for name in names}
 
 

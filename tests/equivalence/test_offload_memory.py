@@ -104,9 +104,9 @@ def held(case: Case, plan: Plan, folder: str) -> Held:
     ("stage", "precision", "world_size", "recipe"),
     [
         (1, "bf16", 1, "gpt"),
-        (2, "fp16", 1, "frozen"),
         (3, "bf16", 1, "gpt, tied head"),
-        (1, "fp16", 2, "gpt"),
+        pytest.param(2, "fp16", 1, "frozen", marks=pytest.mark.slow),
+        pytest.param(1, "fp16", 2, "gpt", marks=pytest.mark.slow),
         (2, "bf16", 2, "frozen"),
         (3, "fp32", 2, "gpt"),
     ],

@@ -178,6 +178,7 @@ def test_a_parameter_that_is_used_several_times_differs_only_by_the_order_of_a_s
         assert largest_difference(found.parameters, reference.parameters) < 1e-4, recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_every_other_model_follows_the_oracle(ranks: Callable[[int], Ranks], trained: Trained, stage: int) -> None:
     others = ["experts", "blocks in any order", "autocast", "odd shapes", "nested reentrant checkpoints"]
@@ -189,6 +190,7 @@ def test_every_other_model_follows_the_oracle(ranks: Callable[[int], Ranks], tra
         assert largest_difference(found.parameters, reference.parameters) < 1e-4, recipe
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_compiled_blocks_are_the_loop_bit_for_bit(ranks: Callable[[int], Ranks], stage: int) -> None:

@@ -82,6 +82,7 @@ def test_no_bit_depends_on_the_placement(
     assert {"host", "nvme"} <= tiers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_exact_masters_of_other_precisions_do_as_well(
     ranks: Callable[[int], Ranks], precision: str, tmp_path: Path
@@ -96,7 +97,12 @@ def test_exact_masters_of_other_precisions_do_as_well(
 
 @pytest.mark.parametrize(
     ("stage", "moments", "master"),
-    [(1, "bf16", "stochastic"), (2, "int8", "exact"), (3, "int8_block", "stochastic"), (3, "int8", "stochastic")],
+    [
+        (2, "int8", "exact"),
+        (3, "int8_block", "stochastic"),
+        pytest.param(1, "bf16", "stochastic", marks=pytest.mark.slow),
+        pytest.param(3, "int8", "stochastic", marks=pytest.mark.slow),
+    ],
 )
 def test_no_bit_depends_on_the_placement_on_two_ranks(
     ranks: Callable[[int], Ranks], stage: int, moments: str, master: str, tmp_path: Path
