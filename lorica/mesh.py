@@ -14,6 +14,8 @@ AXES = ("pp", "dp_replicate", "dp_shard", "ep", "sp", "tp")
 # Names for several axes at once.
 UNIONS = {"dp": ("dp_replicate", "dp_shard")}
 
+BOUND_CORES = "LORICA_BOUND_CORES"  # set by the launcher for a rank that it binds to CPUs of its own: how many
+
 
 class Axis(NamedTuple):
     """One axis of the grid."""

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from lorica.comm.environment import BOUND_CORES
 from lorica.config import Config
 from lorica.config.offload import update_threads
 from lorica.core.build import Blueprint, Outline, Where, plan_of
 from lorica.core.flat import Site, dtype_of
 from lorica.core.streams import CudaStreams
 from lorica.log import logger
+from lorica.mesh import BOUND_CORES
 from lorica.optim.base import FlatOptimizer
 from lorica.place import Budgets, Constraints, Free, Placements, PlaneDemand, Speeds, place
 from lorica.plan import UnitPlan

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
-BOUND_CORES = "LORICA_BOUND_CORES"  # set by the launcher for a rank that it binds to CPUs of its own: how many
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lorica.comm.environment import BOUND_CORES
 from lorica.launcher.cores import Share
 from lorica.launcher.flags import LaunchError, Options
 from lorica.launcher.reaper import JOB_ID
 from lorica.launcher.slots import VISIBLE, Slots
+from lorica.mesh import BOUND_CORES
 
 Kind = Literal["script", "module", "command"]
 LOOPBACK = "127.0.0.1"

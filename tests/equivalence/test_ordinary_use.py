@@ -654,7 +654,9 @@ def test_the_size_of_units_changes_no_bit(trained: Trained, ranks: Callable[[int
     training = replace(PLAIN, recipe="gpt", stage=stage, clip=0.0)  # the norm is added up unit by unit: a last bit
     config = training.config()
     del config["lorica"]  # the default merges these tiny blocks into one unit
-    is_same(outcome(ranks(2).run(train, training=training, config=config)), trained.run(training))
+    run, reference = outcome(ranks(2).run(train, training=training, config=config)), trained.run(training)
+    assert (run.losses, run.digest) == (reference.losses, reference.digest)
+    assert relative_difference(run.norms, reference.norms) < 1e-15  # so much is one last bit of a float64
 
 
 def test_sharding_over_part_of_the_ranks_trains_as_the_oracle(ranks: Callable[[int], Ranks]) -> None:
