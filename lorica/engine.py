@@ -146,7 +146,6 @@ class Engine(nn.Module):
     def _make_activations(self, parts: Parts) -> HostActivations | None:
         if not parts.config.lorica.offload.activations:
             return None
-
         planes = {flat.full.untyped_storage()._cdata for unit in parts.units for flat in unit.flats}
 
         def stays(tensor: Tensor) -> bool:
@@ -790,6 +789,7 @@ class Engine(nn.Module):
             unit.flats.clear()
             unit.grads.clear()
         self.optimizer = self.lr_scheduler = self.training_dataloader = self._training_batches = None
+        self._activations = None  # and with it its host buffers
         del self._hooks
 
     def _require_alive(self, what: str) -> None:
