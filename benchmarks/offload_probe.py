@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_ceilings import machine, synchronize
+from lorica.core.streams import CudaStreams
 from lorica.kernels import native
 from lorica.kernels.hyper import adam_hyper
 from lorica.tier.arena import Arena, PageLock
@@ -50,19 +51,8 @@ def page_lock(device: torch.device) -> PageLock | None:
     """cudaHostRegister; None without a GPU."""
     if device.type != "cuda":
         return None
-    runtime = torch.cuda.cudart()
-
-    def register(address: int, num_bytes: int) -> None:
-        with torch.cuda.device(device):
-            code = int(runtime.cudaHostRegister(address, num_bytes, 0))
-        if code:
-            raise RuntimeError(f"cudaHostRegister: expected 0 for {num_bytes} bytes, got error {code}.")
-
-    def unregister(address: int) -> None:
-        with torch.cuda.device(device):
-            runtime.cudaHostUnregister(address)
-
-    return PageLock(register, unregister)
+    streams = CudaStreams(device)
+    return PageLock(streams.register, streams.unregister)
 
 
 def host_planes(num_bytes: Sequence[int], device: torch.device, *, locked: bool = True) -> list[Tensor]:

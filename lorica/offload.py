@@ -6,7 +6,7 @@ Owns no rule of placement (`place/`) and moves no bytes (`update/`).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,7 +16,6 @@ from lorica.config import Config
 from lorica.config.offload import update_threads
 from lorica.core.build import Blueprint, Outline, Where, plan_of
 from lorica.core.flat import Site, dtype_of
-from lorica.core.streams import CudaStreams
 from lorica.log import logger
 from lorica.mesh import BOUND_CORES
 from lorica.optim.base import FlatOptimizer
@@ -28,6 +27,7 @@ from lorica.tier import (
     HostTier,
     NvmeTier,
     PageLock,
+    SwapFile,
     device_available_bytes,
     disk_available_bytes,
     host_available_bytes,
@@ -68,10 +68,9 @@ def place_planes(
     if zero.offload_optimizer.device == zero.offload_param.device == "none" or not planes:
         return Placed({}, Pipelines(), "")
     _check_optimizer(config, optimizer)
-    plans = [plan_of(plane, blueprint) for plane in planes]
     moments = len(optimizer.moments) if optimizer is not None else 0
-    order = sorted(range(len(planes)), key=lambda i: (planes[i].unit_index != root_index, i))
-    demands = [_demand(planes[i], plans[i], moments, root_index) for i in order]
+    first_use = sorted(planes, key=lambda plane: plane.unit_index != root_index)
+    demands = [_demand(plane, plan_of(plane, blueprint), moments, root_index) for plane in first_use]
     on_cuda = site.device.type == "cuda"
     threads = update_threads(config.lorica.offload, zero.offload_optimizer, _num_cores())
     in_chunks = optimizer is not None and optimizer.runs_in_chunks
@@ -84,7 +83,8 @@ def place_planes(
         for p in placements.planes
     }
     guessed = _guessed(config, placements, where, on_cuda)
-    _make_tiers_together(config, planes, blueprint, where, optimizer, site, guessed)
+    placed = replace(blueprint, where=where)
+    _together(site, lambda: _make_tiers(config, [(p, plan_of(p, placed)) for p in planes], optimizer, site, guessed))
     pipelines = Pipelines(
         chunk_numel=placements.chunk_numel,
         staging_bytes=placements.staging_bytes,
@@ -199,19 +199,11 @@ def _held_on(device: torch.device, planes: Sequence[Outline]) -> int:
 # -- tiers -------------------------------------------------------------------------------------------------------------
 
 
-def _make_tiers_together(
-    config: Config,
-    planes: Sequence[Outline],
-    blueprint: Blueprint,
-    where: Mapping[str, Where],
-    optimizer: FlatOptimizer | None,
-    site: Site,
-    guessed: frozenset[str],
-) -> None:
+def _together(site: Site, make_tiers: Callable[[], None]) -> None:
     """Make the tiers, or raise on all ranks and leave nothing."""
     problem: Exception | None = None
     try:
-        _make_tiers(config, planes, blueprint, where, optimizer, site, guessed)
+        make_tiers()
     except Exception as found:  # raised below, by all ranks
         problem = found
     try:
@@ -224,36 +216,35 @@ def _make_tiers_together(
 
 def _make_tiers(
     config: Config,
-    planes: Sequence[Outline],
-    blueprint: Blueprint,
-    where: Mapping[str, Where],
+    planes: Sequence[tuple[Outline, UnitPlan]],
     optimizer: FlatOptimizer | None,
     site: Site,
     guessed: frozenset[str],
 ) -> None:
     zero = config.zero_optimization
-    placed = replace(blueprint, where=where)
-    wanted = [want for plane in planes for want in _planes_of(plane, plan_of(plane, placed), optimizer)]
-    for plane in planes:
+    wanted = [want for plane, plan in planes for want in _planes_of(plane, plan, optimizer)]
+    for plane, plan in planes:
         if plane.name in guessed:
-            wanted += _spare_of(plane, plan_of(plane, placed), optimizer)
+            wanted += _spare_of(plane, plan, optimizer)
     on_host = [(numel, dtype) for tier, numel, dtype in wanted if tier == "host"]
     on_disk = [(numel, dtype) for tier, numel, dtype in wanted if tier == "nvme"]
     pin = zero.offload_optimizer.pin_memory or zero.offload_param.pin_memory
-    page_lock = _page_lock(site) if pin and site.streams is not None else None
+    streams = site.streams
+    page_lock = PageLock(streams.register, streams.unregister) if pin and streams is not None else None
     arena = Arena(sum(padded_bytes(n * d.itemsize) for n, d in on_host) + MIN_SLACK_BYTES, page_lock=page_lock)
     tier = HostTier(site.device, pin_memory=pin, arena=arena, page_lock=page_lock)
     _log_commit(tier.prepare(on_host), locked=page_lock is not None)
     site.tiers["host"] = tier
     if on_disk:
         assert zero.offload_optimizer.nvme_path is not None
-        site.tiers["nvme"] = NvmeTier(
+        file = SwapFile(
             zero.offload_optimizer.nvme_path,
             sum(padded_bytes(n * d.itemsize) for n, d in on_disk) + MIN_SLACK_BYTES,
             rank=torch.distributed.get_rank() if torch.distributed.is_initialized() else 0,
             threads=config.aio.num_threads,
             block_bytes=config.aio.request_bytes,
         )
+        site.tiers["nvme"] = NvmeTier(file)
         _log_disk(zero.offload_optimizer.nvme_path, sum(n * d.itemsize for n, d in on_disk))
 
 
@@ -279,13 +270,6 @@ def _spare_of(plane: Outline, plan: UnitPlan, optimizer: FlatOptimizer | None) -
     owned = plane.layout.shard_numel if plan.master.sharded else plane.layout.numel
     record = _record_of(plan, owned, optimizer)
     return [("host", numel, dtype) for _, numel, dtype in record] + [("host", owned, dtype_of(plan.param.dtype))]
-
-
-def _page_lock(site: Site) -> PageLock:
-    """Page locks by CUDA, from any thread."""
-    streams = site.streams
-    assert isinstance(streams, CudaStreams)
-    return PageLock(streams.register, streams.unregister)
 
 
 def _log_disk(folder: str, num_bytes: int) -> None:

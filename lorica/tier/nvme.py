@@ -5,13 +5,10 @@ Source: Rajbhandari et al. 2021, ZeRO-Infinity (arXiv:2104.07857), sec. 5.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from lorica.tier.base import TierFull, padded_bytes
-from lorica.tier.file_io import FileIO
 from lorica.tier.swap import SwapFile, Transfer
 
 
@@ -79,38 +76,14 @@ class NvmeTier:
     """The disk as memory: one swap file, cut into planes once.
 
     Args:
-        folder: on a local disk.
-        num_bytes: room for planes; see `padded_bytes` for what each takes.
-        rank, threads, block_bytes, direct, reserve_bytes, io: as in `SwapFile`.
-    Raises:
-        SwapError: as in `SwapFile`.
+        file: fresh; it is closed with the tier. See `padded_bytes` for what each plane takes of it.
     """
 
     name = "nvme"
 
-    def __init__(
-        self,
-        folder: str | Path,
-        num_bytes: int,
-        *,
-        rank: int = 0,
-        threads: int = 8,
-        block_bytes: int = 8 << 20,
-        direct: bool | None = None,
-        reserve_bytes: int = 1 << 30,
-        io: FileIO | None = None,
-    ) -> None:
+    def __init__(self, file: SwapFile) -> None:
         self.device = torch.device("cpu")
-        self.file = SwapFile(
-            folder,
-            num_bytes,
-            rank=rank,
-            threads=threads,
-            block_bytes=block_bytes,
-            direct=direct,
-            reserve_bytes=reserve_bytes,
-            io=io,
-        )
+        self.file = file
         self._used = 0
 
     @property

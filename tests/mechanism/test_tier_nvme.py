@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorica.tier import ALIGNMENT, Arena, FilePlane, NvmeTier, SwapError, TierFull, padded_bytes
+from lorica.tier import ALIGNMENT, Arena, FilePlane, NvmeTier, SwapError, SwapFile, TierFull, padded_bytes
 
 CHUNK = 4096  # elements
 DTYPES = [torch.float32, torch.int16, torch.bfloat16, torch.uint8, torch.float64]
@@ -19,14 +19,8 @@ DTYPES = [torch.float32, torch.int16, torch.bfloat16, torch.uint8, torch.float64
 
 @pytest.fixture(params=[None, False], ids=["direct if it can", "buffered"], scope="module")
 def tier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NvmeTier]:
-    tier = NvmeTier(
-        tmp_path_factory.mktemp("nvme"),
-        256 << 20,
-        threads=3,
-        block_bytes=8 * ALIGNMENT,
-        direct=request.param,
-        reserve_bytes=0,
-    )
+    folder, direct = tmp_path_factory.mktemp("nvme"), request.param
+    tier = NvmeTier(SwapFile(folder, 256 << 20, threads=3, block_bytes=8 * ALIGNMENT, direct=direct, reserve_bytes=0))
     yield tier
     tier.close()
 
@@ -92,7 +86,7 @@ def test_chunks_in_flight_through_a_ring_give_what_an_update_in_memory_gives(
 
 
 def test_planes_begin_at_sectors_and_chunks_go_straight_to_the_disk(tmp_path: Path) -> None:
-    tier = NvmeTier(tmp_path, 10 * ALIGNMENT, reserve_bytes=0)
+    tier = NvmeTier(SwapFile(tmp_path, 10 * ALIGNMENT, reserve_bytes=0))
     first, second = tier.alloc(1, torch.uint8), tier.alloc(2 * CHUNK, torch.int16)
     assert tier.free_bytes == 9 * ALIGNMENT - padded_bytes(4 * CHUNK)
     second.store(0, pattern(2 * CHUNK, torch.int16))
@@ -136,7 +130,7 @@ def test_memory_of_another_dtype_or_size_is_refused(tier: NvmeTier) -> None:
 
 
 def test_a_full_file_says_what_was_asked_and_what_is_free(tmp_path: Path) -> None:
-    tier = NvmeTier(tmp_path, 3 * ALIGNMENT, reserve_bytes=0)
+    tier = NvmeTier(SwapFile(tmp_path, 3 * ALIGNMENT, reserve_bytes=0))
     tier.alloc(1, torch.uint8)
     with pytest.raises(TierFull, match=rf"room for {4 * ALIGNMENT} .*{2 * ALIGNMENT} of {3 * ALIGNMENT} bytes free"):
         tier.alloc(ALIGNMENT, torch.float32)
@@ -145,7 +139,7 @@ def test_a_full_file_says_what_was_asked_and_what_is_free(tmp_path: Path) -> Non
 
 
 def test_a_fault_of_the_file_reaches_who_waits(tmp_path: Path) -> None:
-    tier = NvmeTier(tmp_path, ALIGNMENT, reserve_bytes=0)
+    tier = NvmeTier(SwapFile(tmp_path, ALIGNMENT, reserve_bytes=0))
     plane = tier.alloc(100, torch.float32)
     tier.verify()
     tier.file.path.unlink()
