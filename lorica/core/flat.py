@@ -96,7 +96,7 @@ class Flat:
         self.holders = 0  # contexts that need the plane to stay whole
         self._gather: Handle | None = None
         self._source: Tensor | None = None
-        self.opener: Callable[[bool], None] | None = None  # of the executor that works on copies of the record
+        self.opener: Callable[..., None] | None = None  # of the executor that works on copies of the record
         self._update: Callable[[], None] | None = None  # finishes an update that is still under way
         self._update_is_done: Callable[[], bool] = lambda: True
         self._alloc_param()
@@ -226,10 +226,7 @@ class Flat:
         part = self._part(index, start, start + plane.numel())
         if part is not None:
             source = values.detach().reshape(-1)[part.begin : part.end]
-            if isinstance(plane, Tensor):
-                plane[part.place].copy_(source)
-            else:
-                plane.store(part.place.start, source.to(plane.dtype))
+            _put(plane, part.place.start, source)
 
     def add_part(self, whole: Tensor, plane: Tensor, start: int, index: int) -> None:
         """Add this rank's part of a plane to a whole parameter-sized tensor (arguments as in `collect`)."""
@@ -377,7 +374,7 @@ class Flat:
         """Before the host reads or writes master or moments: have them where they live, with nothing under way."""
         self.settle()
         if self.opener is not None:
-            self.opener(write)
+            self.opener(write=write)
 
     def settle(self) -> None:
         """Finish the update that is under way, if there is one."""
@@ -442,7 +439,7 @@ def _put(plane: Stored, start: int, values: Tensor) -> None:
     if isinstance(plane, Tensor):
         plane[start : start + values.numel()].copy_(values)
     else:
-        plane.store(start, values)
+        plane.store(start, values.to(plane.dtype))
 
 
 def _elements(plane: Stored, place: slice) -> Tensor:

@@ -149,8 +149,7 @@ def _finish(param: Tensor) -> None:
     flat = record._flat() if record is not None else None
     if flat is not None:
         flat.settle()
-    if type(param) is PendingParameter:  # its engine is gone
-        param.__class__ = nn.Parameter  # type: ignore[assignment]
+    mark_finished([param])  # if its engine is gone
 
 
 def mark_pending(params: Iterable[Tensor]) -> None:

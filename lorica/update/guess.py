@@ -9,7 +9,6 @@ made until a step would have confirmed one: in the first steps of a training cli
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from lorica.core.flat import Flat, dtype_of
 from lorica.core.gradient import GradPlane
 from lorica.optim.base import FlatOptimizer
 from lorica.optim.element import ElementOptimizer
-from lorica.update.pieces import Record, record_of, segments
+from lorica.update.pieces import Record, copy_record, record_of, segments, update_record
 
 
 class Assumed(NamedTuple):
@@ -107,20 +106,11 @@ def update_beside(
     Args:
         old, new, grad: of the elements [low, high) of what this rank owns of the plane, in host memory.
     """
-    copied = old.out.dtype == old.master.dtype
-    there = segments(flat, new, grad, assumed.groups, low, high)
-    for source, target in zip(segments(flat, old, grad, assumed.groups, low, high), there, strict=True):
-        if not copied and isinstance(optimizer, ElementOptimizer) and optimizer.runs_native(source):
-            assert source.out is not None
+    sources = segments(flat, old, grad, assumed.groups, low, high)
+    if isinstance(optimizer, ElementOptimizer) and all(map(optimizer.runs_native, sources)):
+        for source, target in zip(sources, segments(flat, new, grad, assumed.groups, low, high), strict=True):
             into = optimizer.destination(target)
             optimizer.update_native(source, coef=assumed.coef, step=assumed.step, into=into)
-            continue
-        target.master.copy_(source.master)
-        if target.out is not None and source.out is not None:
-            target.out.copy_(source.out)
-        for name, plane in source.state.items():
-            target.state[name].copy_(plane)
-        alone = target if not copied else replace(target, out=None)
-        optimizer.update([alone], coef=assumed.coef, step=assumed.step)
-        if copied and target.out is not None:
-            target.out.copy_(target.master)
+        return
+    copy_record(old, new)
+    update_record(optimizer, flat, new, grad, assumed.groups, low, high, coef=assumed.coef, step=assumed.step)

@@ -130,6 +130,16 @@ def update_record(
         record.out.copy_(record.master)
 
 
+def copy_record(source: Record, target: Record) -> None:
+    """Start copying one record over another; what both have in the same place stays."""
+    pairs = [(source.master, target.master), *((plane, target.state[name]) for name, plane in source.state.items())]
+    if source.out is not None and target.out is not None:
+        pairs.append((source.out, target.out))
+    for old, new in pairs:
+        if old.data_ptr() != new.data_ptr():
+            new.copy_(old, non_blocking=True)
+
+
 def _slices(flat: Flat, start: int, stop: int) -> tuple[Slice, ...]:
     slots = flat.layout.slots
     return tuple(

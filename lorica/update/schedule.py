@@ -44,7 +44,7 @@ class Update:
         self.learns_late = any(executor.learns_late for executor in self._executors)
         for executor in self._executors:
             for plane in executor.planes:
-                plane.flat.opener = partial(_open, executor, plane)
+                plane.flat.opener = partial(executor.open, plane)
                 if executor.guesses:
                     plane.on_complete = partial(self._guess, executor)
 
@@ -119,7 +119,3 @@ class Update:
             for plane in executor.planes:
                 plane.on_complete = None
             executor.close()
-
-
-def _open(executor: Executor, plane: GradPlane, write: bool) -> None:
-    executor.open(plane, write=write)

@@ -28,7 +28,17 @@ from lorica.core.gradient import GradPlane
 from lorica.core.streams import Streams
 from lorica.optim.base import FlatOptimizer
 from lorica.update.executor import Executor
-from lorica.update.pieces import Chunk, Record, Work, chunks_of, master_travels, own_gradient, record_of, update_record
+from lorica.update.pieces import (
+    Chunk,
+    Record,
+    Work,
+    chunks_of,
+    copy_record,
+    master_travels,
+    own_gradient,
+    record_of,
+    update_record,
+)
 
 UP, UPDATE, DOWN = "records up", "update", "records down"
 
@@ -204,13 +214,3 @@ def _wait_for(streams: Streams, under_way: dict[str, Any]) -> None:
 def home(chunk: Chunk) -> Record:
     """The chunk's record where it lives."""
     return record_of(chunk.plane.flat).part(chunk.low, chunk.high)
-
-
-def copy_record(source: Record, target: Record) -> None:
-    """Start copying one record over another; what both have in the same place stays."""
-    pairs = [(source.master, target.master), *((plane, target.state[name]) for name, plane in source.state.items())]
-    if source.out is not None and target.out is not None:
-        pairs.append((source.out, target.out))
-    for old, new in pairs:
-        if old.data_ptr() != new.data_ptr():
-            new.copy_(old, non_blocking=True)
